@@ -1,0 +1,182 @@
+"""How a table is executed: each row from the fewest tensors, nothing kept longer than it is needed.
+
+A row x_i = a_i x_0 + sum_j b_ij u_j has up to i + 1 terms, but for most methods it is a short recurrence: Euler's row is
+the previous state plus one output, a two-step method's the previous state plus two. `make_plan` finds that form from the
+numbers alone; `Stepper` runs it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+EXACT = 1e-12
+"""Relative residual under which a recurrence counts as the same row (tables are float64)."""
+
+LARGEST = 64.0
+"""A recurrence with larger coefficients than this multiple of the row's would cancel in float32; the row is used as it is."""
+
+
+class Term(NamedTuple):
+    """coefficient * ("x", index) or coefficient * ("u", index); ("x", -1) is the noise itself."""
+
+    coefficient: float
+    kind: str
+    index: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """For every row its terms, and after every row the tensors that no later row needs."""
+
+    rows: tuple[tuple[Term, ...], ...]
+    drops: tuple[tuple[tuple[str, int], ...], ...]
+
+    @property
+    def alive(self) -> int:
+        """Most tensors (states, outputs, noise) that are held at once."""
+        held: set[tuple[str, int]] = {("x", -1)}
+        most = 1
+        for i, drops in enumerate(self.drops):
+            held |= {("x", i)} | ({("u", i - 1)} if i else set())
+            most = max(most, len(held))
+            held -= set(drops)
+        return most
+
+
+def make_plan(a: np.ndarray, b: np.ndarray) -> Plan:
+    """Plan the rows of a table; a: (n+1,), b: (n+1, n)."""
+    full = np.concatenate([a[:, None], b], axis=1)
+    rows = tuple(_sparsest(full, i) for i in range(len(a)))
+    last = len(a) - 1
+    # A state is live while the field looks at it, that is until the next row is made; an output is born with that row.
+    last_use = {("x", -1): 0, **{("x", i): min(i + 1, last) for i in range(last + 1)}, **{("u", j): j + 1 for j in range(last)}}
+    for i, terms in enumerate(rows):
+        for term in terms:
+            last_use[term.kind, term.index] = max(i, last_use[term.kind, term.index])
+    drops = tuple(tuple(key for key, use in last_use.items() if use == i) for i in range(last + 1))
+    return Plan(rows, drops)
+
+
+def _sparsest(full: np.ndarray, i: int) -> tuple[Term, ...]:
+    target = full[i]
+    best = _terms([(target[0], "x", -1), *((target[1 + j], "u", j) for j in range(i))])
+    for states in range(1, min(i, 3) + 1):
+        for outputs in range(1, min(i, 4) + 1):
+            if states + outputs >= len(best):
+                continue
+            found = _recurrence(full, i, states, outputs)
+            if found is not None and len(found) < len(best):
+                best = found
+    return best
+
+
+def _recurrence(full: np.ndarray, i: int, states: int, outputs: int) -> tuple[Term, ...] | None:
+    """The row as a combination of the last `states` states and `outputs` outputs, if it is one."""
+    target, previous = full[i], full[i - states : i]
+    recent = np.arange(1 + i - outputs, 1 + i)
+    old = np.setdiff1d(np.arange(1 + i), recent)
+    weights, *_ = np.linalg.lstsq(previous[:, old].T, target[old], rcond=None)
+    rest = target - weights @ previous
+    scale = max(np.abs(target).max(), 1e-300)
+    if np.abs(rest[old]).max(initial=0.0) > EXACT * scale:
+        return None
+    if max(np.abs(weights).max(), np.abs(rest[recent]).max()) > LARGEST * max(scale, 1.0):
+        return None
+    weights[np.abs(weights - 1.0) < EXACT] = 1.0
+    rest[np.abs(rest) < EXACT * scale] = 0.0
+    return _terms(
+        [
+            *((weights[k], "x", i - states + k) for k in reversed(range(states))),
+            *((rest[c], "u", c - 1) for c in recent),
+        ]
+    )
+
+
+def _terms(candidates: list[tuple[float, str, int]]) -> tuple[Term, ...]:
+    return tuple(Term(float(c), kind, int(k)) for c, kind, k in candidates if c != 0.0)
+
+
+class Stepper:
+    """Runs a plan one output at a time: `state` is where the field is to be asked, `advance(u)` moves on.
+
+    Args:
+        plan: from `make_plan`.
+        noise: (batch, *shape), at least float32; never written to.
+        reuse: write new states over dead ones. Off under autograd and `torch.compile`, and where somebody else may keep
+            the states (a diffusers pipeline).
+    """
+
+    def __init__(self, plan: Plan, noise: Tensor, *, reuse: bool) -> None:
+        self._plan, self._reuse, self._noise = plan, reuse, noise
+        self._held: dict[tuple[str, int], Tensor] = {("x", -1): noise}
+        self._spare: list[Tensor] = []
+        self._row = 0
+        self.state = self._make()
+
+    def advance(self, u: Tensor) -> Tensor:
+        """Take the field's output at `state` and return the next state."""
+        if self._reuse and u.untyped_storage().data_ptr() == self.state.untyped_storage().data_ptr():
+            u = u.clone()  # a field that returns its argument: the state's memory will be written to
+        if u.dtype != self.state.dtype:
+            u = u.to(self.state.dtype)
+        self._held["u", self._row] = u
+        self._row += 1
+        self.state = self._make()
+        return self.state
+
+    def shift(self, delta: Tensor, weight: float) -> None:
+        """The caller moved the state by `delta`: move every tensor that carries states along (`weight` is the row's a)."""
+        for (kind, index), value in self._held.items():
+            if kind == "x" and index == -1 and weight != 0.0:
+                self._held[kind, index] = value + delta / weight
+            elif kind == "x" and index >= 0:
+                self._held[kind, index] = value + delta
+
+    def _make(self) -> Tensor:
+        terms, drops = self._plan.rows[self._row], self._plan.drops[self._row]
+        operands = [(t.coefficient, self._held[t.kind, t.index]) for t in terms]
+        dying = [self._held[key] for key in drops if key[0] == "x" and self._writable(key)] if self._reuse else []
+        # Best first operand: one with coefficient one (saves a pass), then one whose memory the result can take.
+        operands.sort(key=lambda pair: (pair[0] != 1.0, not _among(pair[1], dying)))
+        free = [x for x in dying if not any(x is value for _, value in operands[1:])]
+        if operands and _among(operands[0][1], free):
+            out = operands[0][1]
+        else:
+            free = [x for x in free if not operands or x is not operands[0][1]] + self._spare
+            out = free[0] if free else None
+        self._spare = [x for x in [*dying, *self._spare] if x is not out]
+        state = _combine(operands, self._noise, out, self._reuse)
+        for key in drops:
+            self._held.pop(key, None)
+        self._held["x", self._row] = state
+        return state
+
+    def _writable(self, key: tuple[str, int]) -> bool:
+        """Whether this dying tensor is ours and not also held under another name."""
+        value = self._held.get(key)
+        if value is None or value is self._noise or key[1] < 0:
+            return False
+        return not any(value is other for name, other in self._held.items() if name != key)
+
+
+def _among(x: Tensor, others: list[Tensor]) -> bool:
+    return any(x is other for other in others)
+
+
+def _combine(operands: list[tuple[float, Tensor]], like: Tensor, out: Tensor | None, reuse: bool) -> Tensor:
+    if not operands:
+        return torch.zeros_like(like)
+    (c0, first), rest = operands[0], operands[1:]
+    if c0 == 1.0 and not rest:
+        return first
+    if c0 == 1.0:
+        (c1, second), rest = rest[0], rest[1:]
+        total = torch.add(first, second, alpha=c1, out=out)
+    else:
+        total = torch.mul(first, c0, out=out)
+    for c, value in rest:
+        total = total.add_(value, alpha=c) if reuse else torch.add(total, value, alpha=c)
+    return total

@@ -1,0 +1,89 @@
+"""Writing a table: run the method once on coefficient vectors.
+
+The state starts as the basis vector e_0 and the k-th call of the field returns e_k, so every state that the method visits
+*is* its row of the table.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ._types import Field, NotLinearError, State, Time
+from .grid import TimeGrid
+from .sampler import Provenance, Sampler
+
+MOST_CALLS = 1000
+"""A method that asks more often than this on one grid is taken to adapt its steps."""
+
+
+def tabulate(method: Callable[[Field, TimeGrid, State], State], grid: TimeGrid, *, start_scale: float = 1.0) -> Sampler:
+    """The table of `method` on `grid`: equal to running the method, for every field.
+
+    Differentiable: gradients of the table reach `grid.knots`.
+
+    Args:
+        method: plain code ``method(field, grid, noise) -> sample`` that combines states linearly.
+        grid: its step times.
+        start_scale: standard deviation of the state at t = 0 (`path.start_scale`: 80 for EDM); noise stays standard normal.
+
+    Raises:
+        NotLinearError: the method clips, adapts, or draws noise.
+
+    Example:
+        >>> from fewstep import methods
+        >>> tabulate(methods.euler, TimeGrid.uniform(2)).b
+        tensor([[0.0000, 0.0000],
+                [0.5000, 0.0000],
+                [0.5000, 0.5000]], dtype=torch.float64)
+    """
+    size = 1 + _count_calls(method, grid)
+    rows, times = [], []
+
+    def record(x: Tensor, t: Time) -> Tensor:
+        rows.append(x[0])
+        times.append(torch.as_tensor(t, dtype=torch.float64))
+        return torch.eye(size, dtype=torch.float64)[len(rows)][None]
+
+    rows.append(method(record, grid, torch.eye(size, dtype=torch.float64)[:1])[0])
+    table = torch.stack(rows)
+    name = getattr(method, "name", getattr(method, "__name__", type(method).__name__))
+    sampler = Sampler(torch.stack(times), table[:, 0], table[:, 1:], provenance=Provenance(method=str(name)))
+    _probe(method, grid, sampler, str(name))
+    if start_scale == 1.0:
+        return sampler
+    return Sampler(sampler.times, sampler.a * start_scale, sampler.b, provenance=sampler.provenance)
+
+
+def _count_calls(method: Callable[[Field, TimeGrid, State], State], grid: TimeGrid) -> int:
+    calls = 0
+
+    def count(x: Tensor, t: Time) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > MOST_CALLS:
+            raise NotLinearError(f"the method asked the field more than {MOST_CALLS} times; adaptive methods are not tables")
+        return torch.zeros_like(x)
+
+    method(count, grid, torch.ones(1, 1, dtype=torch.float64))
+    if calls == 0:
+        raise NotLinearError("the method never asked the field; it must call field(x, t) at least once")
+    return calls
+
+
+def _probe(method: Callable[[Field, TimeGrid, State], State], grid: TimeGrid, sampler: Sampler, name: str) -> None:
+    """Compare method and table on a random non-linear field, with states large enough that clips show."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+    noise = 4.0 * torch.randn(8, 6, generator=generator, dtype=torch.float64)
+
+    def field(x: Tensor, t: Time) -> Tensor:
+        return 3.0 * torch.tanh(x @ weight.to(x) / 4.0) + torch.sin(5.0 * torch.as_tensor(t, dtype=x.dtype)) * x
+
+    with torch.no_grad():
+        direct, table = method(field, grid, noise), sampler(field, noise)
+    if direct.shape != noise.shape or not torch.allclose(direct, table, rtol=1e-8, atol=1e-8 * float(table.abs().max())):
+        raise NotLinearError(
+            f'"{name}" is not a table: on a random field its result differs from the linear combination of its own calls '
+            "(it clips, adapts or draws noise); put a clip into the field instead, or use it as a baseline"
+        )

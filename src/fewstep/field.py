@@ -1,0 +1,437 @@
+"""From any network convention to one velocity field: `adapt` once per network, `.given` once per condition.
+
+Every convention of the outside (clocks, signs, preconditioning, guidance, half precision) is translated here and nowhere
+else.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._types import Field, FieldError, Prediction, Raw, State, Time
+from .path import AffinePath, CondOT, DiscreteVP, _per_sample, raw_mix
+
+Condition = Mapping[str, Any]
+Call = Callable[[Callable[..., Any], Tensor, Tensor, Condition], Any]
+Clock = Callable[[Time], Time]
+LogProbability = Callable[[Tensor, Tensor], Tensor]
+
+
+def call_network(network: Callable[..., Any], x: Tensor, time: Tensor, condition: Condition) -> Any:
+    """The default `call`: ``network(x, time, **condition)``, unwrapping a ``.sample`` or a one-element tuple."""
+    output = network(x, time, **condition)
+    if hasattr(output, "sample") and isinstance(output.sample, Tensor):
+        return output.sample
+    return output[0] if isinstance(output, tuple) else output
+
+
+def flow_timestep(t: Time) -> Time:
+    """The clock of diffusers' flow models: 1000 at noise, 0 at data."""
+    return 1000.0 * (1.0 - t)
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A network with everything that is needed to ask it for velocities; made by `adapt`, used through `given`.
+
+    Attributes:
+        network: the callable, usually an `nn.Module`.
+        path: the affine path that it was trained on.
+        predicts: what it predicts once `raw` is undone.
+        shape: shape of one sample, if known.
+        call: how it is called.
+        clock: fewstep time -> the network's own time.
+        raw: how bare inputs and outputs relate to state and prediction, see `fewstep.path.raw_mix`.
+        label_key: name of the network's class argument.
+        null_label: the class that means "no condition".
+        classes: number of classes, if the network is class-conditional.
+        max_batch: larger batches are split.
+        name: what reports call it.
+    """
+
+    network: Callable[..., Any]
+    path: AffinePath
+    predicts: Prediction
+    shape: tuple[int, ...] | None
+    call: Call
+    clock: Clock
+    raw: Raw
+    sigma_data: float
+    label_key: str
+    null_label: int | None
+    classes: int | None
+    max_batch: int | None
+    name: str
+
+    def given(
+        self,
+        label: int | Tensor | None = None,
+        *,
+        guidance: float = 1.0,
+        condition: Condition | None = None,
+        null: Condition | None = None,
+        classifier: LogProbability | None = None,
+        classifier_scale: float = 1.0,
+    ) -> "ModelField":
+        """The velocity field under one condition.
+
+        Args:
+            label: class for the whole batch, or one per sample, shape (batch,).
+            guidance: classifier-free guidance scale w in v_null + w (v_label - v_null); 1 asks the network once, any
+                other value runs one doubled batch (one field call, two network passes).
+            condition: further keyword arguments of the network; tensors of batch 1 are expanded.
+            null: what replaces `condition` in the unconditional half; default: `condition` with the null label.
+            classifier: log p(y | x, t) of shape (batch,), differentiable in x: classifier guidance (Dhariwal & Nichol,
+                2105.05233) adds `classifier_scale` times its gradient to the score.
+            classifier_scale: see `classifier`.
+
+        Raises:
+            FieldError: guidance without a null label or `null`, or a label outside the network's classes.
+        """
+        shared = dict(condition or {})
+        if label is not None:
+            self._check_label(label)
+            shared[self.label_key] = label
+        unconditional: Condition | None = None
+        if guidance != 1.0:
+            unconditional = self._null_condition(shared, null)
+        first, last = self.path.span(self.predicts)
+        if classifier is not None:  # the score's weight in the velocity is infinite where alpha is zero
+            first = max(first, self.path.margin)
+        return ModelField(self, shared, guidance, unconditional, classifier, classifier_scale, first, last)
+
+    def _check_label(self, label: int | Tensor) -> None:
+        if self.classes is None:
+            return
+        low, high = (int(label.min()), int(label.max())) if isinstance(label, Tensor) else (label, label)
+        top = self.classes if self.null_label is None else max(self.classes, self.null_label + 1)
+        if low < 0 or high >= top:
+            raise FieldError(f"label must lie in 0..{self.classes - 1} for {self.name}, got {low if low < 0 else high}")
+
+    def _null_condition(self, shared: Condition, null: Condition | None) -> Condition:
+        if null is not None:
+            return null
+        if self.null_label is None or self.label_key not in shared:
+            raise FieldError(
+                f"guidance needs a condition and its absence: {self.name} has "
+                f"{'no null label' if self.null_label is None else 'one, but no label was given'}; "
+                "pass null={...} or adapt(..., null_label=...)"
+            )
+        return {**shared, self.label_key: self.null_label}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, shapes and bytes of the network's weights ("" for a plain function)."""
+        if not isinstance(self.network, nn.Module):
+            return ""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.network.state_dict().items()):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+        return digest.hexdigest()
+
+    def parameters(self) -> int:
+        """Number of weights (0 for a plain function)."""
+        return sum(p.numel() for p in self.network.parameters()) if isinstance(self.network, nn.Module) else 0
+
+    def device_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where the network lives and in which precision it computes (CPU float32 for a plain function)."""
+        weight = next((p for p in self.network.parameters() if p.is_floating_point()), None) if isinstance(
+            self.network, nn.Module
+        ) else None
+        return (torch.device("cpu"), torch.float32) if weight is None else (weight.device, weight.dtype)
+
+
+def adapt(
+    network: Callable[..., Any],
+    path: AffinePath | None = None,
+    predicts: Prediction = "velocity",
+    shape: Sequence[int] | None = None,
+    call: Call | None = None,
+    clock: Clock | None = None,
+    *,
+    raw: Raw = "plain",
+    sigma_data: float = 0.5,
+    label_key: str = "label",
+    null_label: int | None = None,
+    classes: int | None = None,
+    max_batch: int | None = None,
+    name: str | None = None,
+) -> Model:
+    """Wrap any network, once.
+
+    Args:
+        network: called as ``network(x, time, **condition)`` unless `call` says otherwise; time has shape (batch,).
+        path: the path it was trained on; default `CondOT()`.
+        predicts: "velocity" (data - noise on CondOT), "noise", "data" or "score".
+        shape: shape of one sample; needed by `tune(model, ...)` and the command line, not by fields.
+        call: ``call(network, x, time, condition) -> output``; default `call_network`, which also unwraps diffusers outputs.
+        clock: fewstep time (0 = noise, 1 = data) -> the network's own time. Default: the fractional timestep on
+            `DiscreteVP`, log(sigma) / 4 for ``raw="edm"``, otherwise t itself. For ``net(x, sigma)`` denoisers pass
+            ``clock=lambda t: path.coefficients(t).sigma``; for diffusers' flow models `flow_timestep` with raw="negated".
+        raw: "plain", "negated" (velocity = noise - data), "v_prediction" (predicts="noise") or "edm" (predicts="data").
+        sigma_data: of the EDM preconditioning; unused otherwise.
+        label_key: the network's class keyword, e.g. "class_labels" for diffusers' UNet2DModel.
+        null_label: class index that stands for no condition; enables guidance.
+        classes: number of classes; labels are then checked.
+        max_batch: evaluate larger batches in pieces of this size.
+        name: what reports call the model; default: the class or function name.
+
+    Raises:
+        ValueError: `raw` and `predicts` contradict each other.
+
+    Example:
+        >>> model = adapt(lambda x, t: -x, shape=(2,))
+        >>> model.given()(torch.ones(1, 2), 0.5)
+        tensor([[-1., -1.]])
+    """
+    path = path or CondOT()
+    meant = {"negated": "velocity", "v_prediction": "noise", "edm": "data"}.get(raw, predicts)
+    if predicts != meant:
+        raise ValueError(f'raw="{raw}" networks have predicts="{meant}", got "{predicts}"')
+    if clock is None:
+        clock = _default_clock(path, raw)
+    return Model(
+        network, path, predicts, None if shape is None else tuple(shape), call or call_network, clock, raw, sigma_data,
+        label_key, null_label, classes, max_batch, name or getattr(network, "__name__", type(network).__name__),
+    )  # fmt: skip
+
+
+def _default_clock(path: AffinePath, raw: Raw) -> Clock:
+    if raw == "edm":
+        return lambda t: path.coefficients(t).sigma.log() / 4
+    if isinstance(path, DiscreteVP):
+        return path.timestep
+    return lambda t: t
+
+
+@dataclass(frozen=True, eq=False)
+class ModelField:
+    """``field(x, t) -> velocity`` for one condition of one model; see `Model.given`.
+
+    Between `first` and `last` the network is asked at t; outside (where its prediction would not determine a velocity) at
+    the nearer of the two.
+    """
+
+    model: Model
+    condition: Condition
+    guidance: float
+    null: Condition | None
+    classifier: LogProbability | None
+    classifier_scale: float
+    first: float
+    last: float
+
+    @property
+    def label(self) -> str:
+        """The condition in words, for reports and artifacts."""
+        entries = [f"{k}={v}" if not isinstance(v, Tensor) else f"{k}=<{'x'.join(map(str, v.shape))}>" for k, v in self.condition.items()]
+        if self.guidance != 1.0:
+            entries.append(f"guidance={self.guidance:g}")
+        if self.classifier is not None:
+            entries.append(f"classifier_scale={self.classifier_scale:g}")
+        return ", ".join(entries) or "unconditional"
+
+    @property
+    def path(self) -> AffinePath:
+        return self.model.path
+
+    @property
+    def passes(self) -> int:
+        """Network passes per call: 2 under classifier-free guidance."""
+        return 1 if self.null is None else 2
+
+    def __call__(self, x: State, t: Time) -> State:
+        """The velocity dx/dt at state `x` (batch, *shape) and time `t`; one NFE.
+
+        Raises:
+            FieldError: the network's output is not a floating tensor of the state's shape, or a condition has another batch.
+        """
+        return self.predict(x, t, "velocity")
+
+    def predict(self, x: State, t: Time, target: Prediction) -> State:
+        """The prediction `target` at (x, t), converted from the network's own in one step; one NFE."""
+        model = self.model
+        t = t.clamp(self.first, self.last) if isinstance(t, Tensor) else min(max(t, self.first), self.last)
+        value = self._native(x, t)
+        if self.classifier is not None:
+            value = value + self._classifier_term(x, t).to(value.dtype)
+        if model.raw == "plain":
+            return model.path.convert(value, x, t, source=model.predicts, target=target)
+        # prediction = p w + q x and target = P prediction + Q x in one multiply-add per tensor
+        _, p, q = raw_mix(model.path, t, model.raw, model.sigma_data)
+        outer_p, outer_q = model.path.mix(t, model.predicts, target)
+        return _per_sample(outer_p * p, value) * value + _per_sample(outer_p * q + outer_q, x) * x
+
+    def _native(self, x: Tensor, t: Time) -> Tensor:
+        """The network's bare output, guidance applied (guidance weights sum to one, so it commutes with conversion)."""
+        if self.null is None:
+            return self._ask(x, t, self.condition)
+        batch = x.shape[0]
+        both = _stack(_expand(self.null, batch, x.device), _expand(self.condition, batch, x.device))
+        times = t if not isinstance(t, Tensor) or t.ndim == 0 else torch.cat([t, t])
+        without, given = self._ask(torch.cat([x, x]), times, both).chunk(2)
+        return torch.lerp(without, given, self.guidance)
+
+    def _ask(self, x: Tensor, t: Time, condition: Condition) -> Tensor:
+        model, batch = self.model, x.shape[0]
+        if model.raw == "edm":
+            x = x * _per_sample(raw_mix(model.path, t, model.raw, model.sigma_data)[0], x)
+        _, dtype = model.device_dtype()
+        time = _times(model.clock(t), batch, x)
+        kwargs = _expand(condition, batch, x.device)
+        asked = x.to(dtype)
+        step = model.max_batch or batch
+        pieces = [
+            _checked(model.call(model.network, asked[i : i + step], time[i : i + step], _slice(kwargs, i, step, batch)), x, step, i, model)
+            for i in range(0, batch, step)
+        ]
+        output = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return output.to(x.dtype)
+
+    def _classifier_term(self, x: Tensor, t: Time) -> Tensor:
+        """What classifier guidance adds to the native output, through its weight on the score."""
+        assert self.classifier is not None
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_(True)
+            logp = self.classifier(leaf, _times(t, x.shape[0], x))
+            (gradient,) = torch.autograd.grad(logp.sum(), leaf)
+        p, _ = self.model.path.mix(t, "score", self.model.predicts)
+        if self.model.raw != "plain":
+            p = p / raw_mix(self.model.path, t, self.model.raw, self.model.sigma_data)[1]
+        return self.classifier_scale * _per_sample(p, x) * gradient
+
+
+def _times(t: Time, batch: int, x: Tensor) -> Tensor:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if isinstance(t, Tensor):
+        return t.to(x.device, dtype).expand(batch)
+    return torch.full((batch,), t, dtype=dtype, device=x.device)
+
+
+def _expand(condition: Condition, batch: int, device: torch.device) -> dict[str, Any]:
+    """Give every entry the batch: integers become labels, tensors of batch 1 are repeated."""
+    out: dict[str, Any] = {}
+    for key, value in condition.items():
+        if isinstance(value, int) and not isinstance(value, bool):
+            out[key] = torch.full((batch,), value, device=device)
+        elif isinstance(value, Tensor) and value.ndim > 0:
+            if value.shape[0] not in (1, batch):
+                raise FieldError(f'condition "{key}" has batch {value.shape[0]} but the state has {batch}; give one per sample')
+            out[key] = value.to(device).expand(batch, *value.shape[1:])
+        else:
+            out[key] = value
+    return out
+
+
+def _stack(null: Condition, given: Condition) -> dict[str, Any]:
+    if null.keys() != given.keys():
+        raise FieldError(f"null and condition must have the same keys, got {sorted(null)} and {sorted(given)}")
+    return {key: torch.cat([null[key], value]) if isinstance(value, Tensor) and value.ndim else value for key, value in given.items()}
+
+
+def _slice(condition: Condition, start: int, size: int, batch: int) -> Condition:
+    if size >= batch:
+        return condition
+    return {k: v[start : start + size] if isinstance(v, Tensor) and v.ndim and v.shape[0] == batch else v for k, v in condition.items()}
+
+
+def _checked(output: Any, x: Tensor, step: int, start: int, model: Model) -> Tensor:
+    expected = (min(step, x.shape[0] - start), *x.shape[1:])
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        got = f"{output.dtype} tensor" if isinstance(output, Tensor) else type(output).__name__
+        raise FieldError(f"{model.name} must return a floating-point tensor of shape {expected}, got a {got}; see adapt(call=...)")
+    if tuple(output.shape) != expected:
+        raise FieldError(
+            f"{model.name} must return shape {expected}, got {tuple(output.shape)}; "
+            "use adapt(call=...) to pick the part that is the prediction"
+        )
+    return output
+
+
+@dataclass(eq=False)
+class JointField:
+    """Several conditions of one model side by side: the batch is cut into equal consecutive parts, one per field.
+
+    A table tuned on a joint field is tuned for all of its conditions.
+    """
+
+    fields: Sequence[ModelField]
+
+    @property
+    def path(self) -> AffinePath:
+        return self.fields[0].path
+
+    @property
+    def passes(self) -> int:
+        return max(f.passes for f in self.fields)
+
+    @property
+    def model(self) -> Model:
+        return self.fields[0].model
+
+    def __call__(self, x: State, t: Time) -> State:
+        return self.predict(x, t, "velocity")
+
+    def predict(self, x: State, t: Time, target: Prediction) -> State:
+        if x.shape[0] % len(self.fields):
+            raise FieldError(f"a batch of {x.shape[0]} cannot be shared equally by {len(self.fields)} conditions")
+        parts = x.chunk(len(self.fields))
+        times = t.chunk(len(parts)) if isinstance(t, Tensor) and t.ndim else [t] * len(parts)
+        return torch.cat([f.predict(part, time, target) for f, part, time in zip(self.fields, parts, times, strict=True)])
+
+
+@dataclass(eq=False)
+class CountedField:
+    """Counts what a field is asked, and stops at the first output that is not finite.
+
+    Attributes:
+        calls: field calls (NFE).
+        samples: network passes summed over the batch, the unit in which training costs are counted.
+    """
+
+    field: Field
+    check: bool = True
+    calls: int = field(default=0, init=False)
+    samples: int = field(default=0, init=False)
+
+    @property
+    def path(self) -> AffinePath:
+        return self.field.path  # type: ignore[attr-defined]  # only reached through path_of, which asks hasattr first
+
+    @property
+    def passes(self) -> int:
+        return getattr(self.field, "passes", 1)
+
+    def __call__(self, x: State, t: Time) -> State:
+        return self._count(self.field(x, t), x, t)
+
+    def predict(self, x: State, t: Time, target: Prediction) -> State:
+        return self._count(self.field.predict(x, t, target), x, t)  # type: ignore[attr-defined]
+
+    def _count(self, value: Tensor, x: Tensor, t: Time) -> Tensor:
+        self.calls += 1
+        self.samples += x.shape[0] * self.passes
+        if value.shape != x.shape:
+            raise FieldError(f"the field must return the state's shape {tuple(x.shape)}, got {tuple(value.shape)}")
+        if self.check and not bool(torch.isfinite(value).all()):
+            when = float(t) if not isinstance(t, Tensor) or t.ndim == 0 else f"{float(t.min()):g}..{float(t.max()):g}"
+            kind = "NaN" if bool(torch.isnan(value).any()) else "infinity"
+            raise FieldError(f"the network returned {kind} at call {self.calls} (counted from 1), time t = {when} (0 = noise)")
+        return value
+
+
+def path_of(f: Any) -> AffinePath | None:
+    """The path a field knows, or None for a bare function."""
+    if isinstance(f, CountedField):
+        return path_of(f.field)
+    return getattr(f, "path", None)
+
+
+def start_scale(f: Any) -> float:
+    """Standard deviation of the state at t = 0 for this field."""
+    path = path_of(f)
+    return 1.0 if path is None else path.start_scale

@@ -1,0 +1,151 @@
+"""What a sampler is measured against: recorded Euler paths and converged solutions with their own error."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._types import Field, FieldError, State, Time
+from .coordinates import Coordinates
+from .field import CountedField, start_scale
+from .grid import TimeGrid
+
+
+class Trajectory(NamedTuple):
+    """An Euler path: times (n + 1,) float64, states (n + 1, batch, ...), velocities (n, batch, ...)."""
+
+    times: Tensor
+    states: Tensor
+    velocities: Tensor
+
+
+def record(field: Field, grid: TimeGrid, x0: State) -> Trajectory:
+    """Euler's method along `grid` from the state `x0`, everything kept; n = ``grid.intervals`` field calls."""
+    states = x0.new_empty(grid.intervals + 1, *x0.shape)
+    velocities = x0.new_empty(grid.intervals, *x0.shape)
+    states[0] = x0
+    with torch.no_grad():
+        for i, (t0, t1) in enumerate(grid.pairs()):
+            velocities[i] = field(states[i], float(t0))
+            torch.add(states[i], velocities[i], alpha=float(t1 - t0), out=states[i + 1])
+    return Trajectory(grid.knots, states, velocities)
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A converged solution of dx/dt = field(x, t) from given noise, at any time.
+
+    Attributes:
+        coordinates: the clock and scale in which `knots`, `states` and `rates` are kept.
+        knots: (m + 1,) float64 clock values of the finest solve.
+        states: (m + 1, batch, ...) scaled solution there.
+        rates: (m + 1, batch, ...) its derivative there (cubic Hermite interpolation in between).
+        error: RMS per element of the difference to the solve with half the steps, the worst of the end and three
+            interpolated times, divided by 15 (Richardson for a fourth-order method): the estimated error of `end` and `at`.
+        nfe: field calls spent.
+    """
+
+    coordinates: Coordinates
+    knots: Tensor
+    states: Tensor
+    rates: Tensor
+    error: float
+    nfe: int
+
+    @property
+    def end(self) -> Tensor:
+        """The solution at the last time, (batch, *shape)."""
+        return self.states[-1] * self.coordinates.scale(self.coordinates.time(self.knots[-1]))
+
+    def at(self, t: Time) -> Tensor:
+        """The solution at time `t` (a number), (batch, *shape)."""
+        tau = float(self.coordinates.tau(float(t)))
+        if not -1e-9 <= tau <= 1 + 1e-9:
+            raise ValueError(f"a reference covers times in [0, 1], asked for t = {float(t):g}")
+        i, weights = self._hermite(tau)
+        values = (self.states[i], self.states[i + 1], self.rates[i], self.rates[i + 1])
+        z = sum((w * v for w, v in zip(weights[1:], values[1:], strict=True)), weights[0] * values[0])
+        return z * self.coordinates.scale(float(t))
+
+    def _hermite(self, tau: float) -> tuple[int, tuple[float, float, float, float]]:
+        i = min(max(int(torch.searchsorted(self.knots, tau, right=True)) - 1, 0), len(self.knots) - 2)
+        h = float(self.knots[i + 1] - self.knots[i])
+        s = (tau - float(self.knots[i])) / h
+        return i, ((1 + 2 * s) * (1 - s) ** 2, s**2 * (3 - 2 * s), h * s * (1 - s) ** 2, h * s**2 * (s - 1))
+
+    def select(self, index: Tensor | slice) -> "Reference":
+        """The same solution for some of the samples."""
+        return Reference(self.coordinates, self.knots, self.states[:, index], self.rates[:, index], self.error, self.nfe)
+
+
+def reference(field: Field, noise: State, *, tol: float = 1e-4, most_steps: int = 1024) -> Reference:
+    """Solve from t = 0 to 1 with classical Runge-Kutta 4, doubling the steps until two resolutions agree.
+
+    The states compared are the ends *and* interpolated times of the coarser solve, so that `Reference.at` is as good as
+    `Reference.end`. On paths with unbounded velocity the solve runs in the angle (`fewstep.coordinates`).
+
+    Args:
+        field: the velocity field.
+        noise: (batch, *shape) standard normal; scaled by the path's start scale if the field knows its path.
+        tol: accepted estimated error, RMS per element.
+        most_steps: give up beyond this many steps.
+
+    Raises:
+        FieldError: not converged within `most_steps` (the message names the error reached), or NaN from the network.
+    """
+    counted = CountedField(field)
+    coordinates = Coordinates.of(field)
+    rate = coordinates.field(counted)
+    z0 = noise * (start_scale(field) / coordinates.scale(0.0))
+    knots = TimeGrid.uniform(8).knots
+    before, error = Reference(coordinates, knots, *_rk4(rate, knots, z0), error=0.0, nfe=0), float("inf")
+    while len(knots) - 1 < most_steps:
+        knots = TimeGrid.uniform(2 * (len(knots) - 1)).knots
+        now = Reference(coordinates, knots, *_rk4(rate, knots, z0), error=0.0, nfe=counted.calls)
+        seen = [coordinates.time(knots[i]) for i in (1, (len(knots) // 4) * 2 + 1, len(knots) - 2, len(knots) - 1)]
+        error = max(float((now.at(t) - before.at(t)).double().square().mean().sqrt()) for t in seen) / 15
+        if error <= tol:
+            return Reference(coordinates, knots, now.states, now.rates, error, counted.calls)
+        before = now
+    raise FieldError(
+        f"the reference did not converge: {len(knots) - 1} Runge-Kutta steps still change it by {error:.2g} (asked for "
+        f"{tol:.2g}); raise tol or most_steps, or check that the field is smooth in x and t"
+    )
+
+
+def _rk4(field: Field, knots: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
+    states, rates = (x0.new_empty(len(knots), *x0.shape) for _ in range(2))
+    states[0] = x0
+    with torch.no_grad():
+        for i, (t0, t1) in enumerate(zip(knots[:-1].tolist(), knots[1:].tolist(), strict=True)):
+            h, x = t1 - t0, states[i]
+            k1 = rates[i] = field(x, t0)
+            k2 = field(x + h / 2 * k1, t0 + h / 2)
+            k3 = field(x + h / 2 * k2, t0 + h / 2)
+            k4 = field(x + h * k3, t1)
+            states[i + 1] = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        rates[-1] = field(states[-1], float(knots[-1]))
+    return states, rates
+
+
+class Adaptive(NamedTuple):
+    """An adaptive solve: the sample and the field calls that it took."""
+
+    sample: Tensor
+    nfe: int
+
+
+def dopri5(field: Field, noise: State, *, tol: float = 1e-3, times: tuple[float, float] = (0.0, 1.0)) -> Adaptive:
+    """torchdiffeq's adaptive Dormand-Prince 5(4) as a baseline: rtol = atol = `tol`; its NFE is what it needed.
+
+    It adapts its steps to the batch, so it is not a table.
+    """
+    from torchdiffeq import odeint
+
+    counted = CountedField(field)
+    ends = torch.tensor(times, dtype=torch.float64)
+    with torch.no_grad():
+        path = odeint(lambda t, x: counted(x, float(t)), noise * start_scale(field), ends, rtol=tol, atol=tol, method="dopri5")
+    assert isinstance(path, Tensor)
+    return Adaptive(path[-1], counted.calls)

@@ -1,0 +1,128 @@
+"""The closed-form fit: every row of a table by least squares against the converged solution, no back-propagation.
+
+Walk the calls once. At row i the states and outputs so far are fixed, so the best next state is linear least squares:
+minimise the mean over noise of || a_i x_0 + sum_j b_ij u_j - x*(t_i) ||^2. The last row makes the end point optimal.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .._types import BudgetError, Field, FieldError, State
+from ..sampler import Sampler
+from ..trajectory import Reference, reference
+from .boss import Boss
+
+CHUNK = 1 << 22
+"""Elements per feature that are converted to float64 at once."""
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """Fit the rows of a table to a field, keeping its times.
+
+    Attributes:
+        base: the table to start from; default Euler on the BOSS grid.
+        ridges: strengths of the pull towards the starting table's row, relative to the Gram matrix; the one that is best on
+            the held-out part of the noise is kept.
+        holdout: share of the noise that only validates; if no fit beats the start there, the start is returned.
+        tol: tolerance of the reference solution.
+
+    Costs per sample: ``nfe`` field calls for each ridge and the reference's own.
+    """
+
+    base: Sampler | None = None
+    ridges: tuple[float, ...] = (1e-8, 1e-5)
+    holdout: float = 0.25
+    tol: float = 1e-4
+
+    def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
+        """The fitted table.
+
+        Raises:
+            BudgetError: `base` has another NFE.
+            FieldError: too little noise to fit and validate `nfe` + 1 numbers per row.
+        """
+        start = self.base or Boss()(field, noise, nfe=nfe)
+        if start.nfe != nfe:
+            raise BudgetError(f"the table to start from makes {start.nfe} calls, the budget is {nfe}")
+        split = noise.shape[0] - max(1, round(self.holdout * noise.shape[0]))
+        if split < 1 or noise[:split].numel() < 4 * (nfe + 1):
+            raise FieldError(
+                f"fitting {nfe} calls needs at least two noises and {4 * (nfe + 1)} numbers in all, got shape {tuple(noise.shape)}"
+            )
+        solution = reference(field, noise, tol=self.tol)
+        fitting, held = solution.select(slice(0, split)), solution.select(slice(split, None))
+        best, least = start, rmse(start(field, noise[split:]), held.end)
+        for ridge in self.ridges:
+            candidate, _ = fit(field, noise[:split], fitting, start, ridge=ridge)
+            error = rmse(candidate(field, noise[split:]), held.end)
+            if error < least:
+                best, least = candidate, error
+        return best
+
+
+def fit(field: Field, noise: State, solution: Reference, start: Sampler, *, ridge: float = 1e-8) -> tuple[Sampler, float]:
+    """One walk over the knots of `start`: the fitted table and its RMSE on the noise it was fitted on; nfe field calls.
+
+    Args:
+        field: the velocity field.
+        noise: (batch, *shape) the noise that `solution` starts from.
+        solution: the reference.
+        start: gives the times, and the rows that the ridge pulls to; must combine velocities.
+        ridge: strength of that pull.
+    """
+    n, batch = start.nfe, noise.shape[0]
+    features = torch.empty(n + 1, batch, *noise.shape[1:], dtype=noise.dtype, device=noise.device)
+    features[0] = noise
+    gram = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+    table = torch.cat([start.a[:, None], start.b], dim=1).clone()  # row i: weights of the noise and of the outputs
+    error = float("nan")
+    with torch.no_grad():
+        for i in range(n + 1):
+            used = slice(0, i + 1)
+            target = solution.at(float(start.times[i])) if i < n else solution.end
+            newest, moments, square = _inner(features[used], target)
+            gram[used, i] = gram[i, used] = newest
+            if i > 0 or float(start.times[0]) > 0.0:
+                table[i, used] = _solve(gram[used, used], moments, table[i, used], ridge)
+            if i < n:
+                weights = table[i, used].to(features)
+                state = torch.tensordot(weights, features[used], dims=1)
+                features[i + 1] = field(state, float(start.times[i]))
+            else:
+                w = table[i, used]
+                residual = float(w @ gram[used, used] @ w - 2 * w @ moments + square)
+                error = (max(residual, 0.0) / target.numel()) ** 0.5
+    method = f"fit({start.provenance.method})" if not start.provenance.method.startswith("fit(") else start.provenance.method
+    provenance = replace(start.provenance, method=method)
+    return Sampler(start.times, table[:, 0], table[:, 1:], "velocity", start.clock, provenance), error
+
+
+def _inner(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """<f_k, newest f>, <f_k, target> and <target, target>, summed in float64 over pieces of the batch."""
+    count = len(features)
+    newest, moments = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
+    square = torch.zeros((), dtype=torch.float64)
+    flat, aim = features.reshape(count, -1), target.reshape(-1)
+    for piece, goal in zip(flat.split(CHUNK, dim=1), aim.split(CHUNK), strict=True):
+        piece, goal = piece.double(), goal.double()
+        newest += (piece @ piece[-1]).cpu()
+        moments += (piece @ goal).cpu()
+        square += (goal @ goal).cpu()
+    return newest, moments, square
+
+
+def _solve(gram: Tensor, moments: Tensor, start: Tensor, ridge: float) -> Tensor:
+    """Minimise |F c - target|^2 + ridge |c - start|^2 in the features' own scale."""
+    scale = gram.diagonal().sqrt().clamp(min=1e-30)
+    scaled = gram / scale / scale[:, None]
+    right = (moments - gram @ start) / scale
+    step = torch.linalg.solve(scaled + ridge * torch.eye(len(gram), dtype=torch.float64), right)
+    return start + step / scale
+
+
+def rmse(x: Tensor, target: Tensor) -> float:
+    """Root mean square error per element, accumulated in float64."""
+    return float((x - target).double().square().mean().sqrt())
