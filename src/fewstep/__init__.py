@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ._types import FieldError as FieldError
     from ._types import GridError as GridError
     from ._types import NotLinearError as NotLinearError
+    from .climb import TuneResult as TuneResult
+    from .climb import tune as tune
     from .diffusers import TableScheduler as TableScheduler
     from .diffusers import adapt_like as adapt_like
     from .diffusers import from_diffusers as from_diffusers
@@ -44,12 +46,11 @@ if TYPE_CHECKING:
     from .trajectory import reference as reference
     from .tuners import Boss as Boss
     from .tuners import LeastSquares as LeastSquares
-    from .tuners import TuneResult as TuneResult
-    from .tuners import tune as tune
     from .zoo import load as load
 
 _HOMES = {
     "_types": ("ArtifactError", "BudgetError", "FewstepError", "FieldError", "GridError", "NotLinearError"),
+    "climb": ("TuneResult", "tune"),
     "diffusers": ("TableScheduler", "adapt_like", "from_diffusers"),
     "evaluation": ("Report", "compare"),
     "field": ("CountedField", "JointField", "Model", "adapt", "flow_timestep"),
@@ -58,7 +59,7 @@ _HOMES = {
     "sampler": ("Provenance", "Sampler"),
     "_tabulate": ("tabulate",),
     "trajectory": ("Reference", "Trajectory", "dopri5", "record", "reference"),
-    "tuners": ("Boss", "LeastSquares", "TuneResult", "tune"),
+    "tuners": ("Boss", "LeastSquares"),
     "zoo": ("load",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

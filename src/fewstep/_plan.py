@@ -73,6 +73,7 @@ def _sparsest(full: np.ndarray, i: int) -> tuple[Term, ...]:
     return best
 
 
+@np.errstate(over="ignore", invalid="ignore")  # overflow is caught below; the row as it stands is then used
 def _recurrence(full: np.ndarray, i: int, states: int, outputs: int) -> tuple[Term, ...] | None:
     """The row as a combination of the last `states` states and `outputs` outputs, if it is one."""
     target, previous = full[i], full[i - states : i]
@@ -80,6 +81,8 @@ def _recurrence(full: np.ndarray, i: int, states: int, outputs: int) -> tuple[Te
     old = np.setdiff1d(np.arange(1 + i), recent)
     weights, *_ = np.linalg.lstsq(previous[:, old].T, target[old], rcond=None)
     rest = target - weights @ previous
+    if not np.isfinite(rest).all():
+        return None
     scale = max(np.abs(target).max(), 1e-300)
     if np.abs(rest[old]).max(initial=0.0) > EXACT * scale:
         return None
@@ -90,7 +93,7 @@ def _recurrence(full: np.ndarray, i: int, states: int, outputs: int) -> tuple[Te
     return _terms(
         [
             *((weights[k], "x", i - states + k) for k in reversed(range(states))),
-            *((rest[c], "u", c - 1) for c in recent),
+            *((rest[c], "u", int(c) - 1) for c in recent),
         ]
     )
 

@@ -6,6 +6,13 @@ from typing import Literal, Protocol, runtime_checkable
 from jaxtyping import Float
 from torch import Tensor
 
+from ._errors import ArtifactError as ArtifactError
+from ._errors import BudgetError as BudgetError
+from ._errors import FewstepError as FewstepError
+from ._errors import FieldError as FieldError
+from ._errors import GridError as GridError
+from ._errors import NotLinearError as NotLinearError
+
 State = Float[Tensor, "batch *shape"]
 """A batch of states on the network's device; at least float32 between network calls."""
 
@@ -32,27 +39,3 @@ class PathField(Protocol):
     def __call__(self, x: Tensor, t: Time) -> Tensor: ...
 
     def predict(self, x: Tensor, t: Time, target: Prediction) -> Tensor: ...
-
-
-class FewstepError(Exception):
-    """Anything that the user can mend; the message says what was expected, what came and what to do."""
-
-
-class FieldError(FewstepError):
-    """The network gave something that no sampler can use: a wrong shape, a wrong dtype, NaN."""
-
-
-class NotLinearError(FewstepError):
-    """A method or scheduler whose states are not fixed linear combinations of the noise and the outputs."""
-
-
-class ArtifactError(FewstepError):
-    """A sampler directory that is not what fewstep wrote, or does not belong to this model."""
-
-
-class GridError(FewstepError, ValueError):
-    """Step times that no method can walk."""
-
-
-class BudgetError(FewstepError, ValueError):
-    """A number of network calls that this method or scheduler cannot spend exactly."""

@@ -81,7 +81,8 @@ class Report:
     def from_dict(data: Mapping[str, Any]) -> "Report":
         """The inverse of `to_dict`."""
         rows = [
-            Row(**{**row, "metrics": {name: Estimate(**value) for name, value in row["metrics"].items()}}) for row in data["rows"]
+            Row(**{**row, "metrics": {name: Estimate(**value) for name, value in row["metrics"].items()}})
+            for row in data["rows"]
         ]
         return Report(data["title"], tuple(rows), data["facts"])
 
@@ -93,7 +94,9 @@ class Report:
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         key = metrics[0] if metrics else ""
         sign = -1.0 if key == "psnr" else 1.0
-        for row in sorted(self.rows, key=lambda r: (r.nfe, sign * _ordered(r.metrics[key].value, sign) if key in r.metrics else 0.0)):
+        for row in sorted(
+            self.rows, key=lambda r: (r.nfe, sign * _ordered(r.metrics[key].value, sign) if key in r.metrics else 0.0)
+        ):
             cells = [str(row.nfe), row.name, row.group, *(str(row.metrics.get(name, "")) for name in metrics)]
             if several:
                 cells.append("" if row.worst is None else f"{row.worst:.4g}")
@@ -142,7 +145,11 @@ def compare(
     for name, sampler in named.items():
         counted = CountedField(field, check=False)
         sample = sampler(counted, noise)
-        rows.append(measure(name, sample, solution, counted, data=data, metrics=metrics, group=(groups or {}).get(name, "other"), seed=seed))
+        rows.append(
+            measure(
+                name, sample, solution, counted, data=data, metrics=metrics, group=(groups or {}).get(name, "other"), seed=seed
+            )
+        )
     facts = {"noises": noise.shape[0], "reference error": solution.error, "reference nfe": solution.nfe, "bootstrap seed": seed}
     return Report("comparison", tuple(rows), facts)
 

@@ -6,7 +6,7 @@ else.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -139,9 +139,11 @@ class Model:
 
     def device_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the network lives and in which precision it computes (CPU float32 for a plain function)."""
-        weight = next((p for p in self.network.parameters() if p.is_floating_point()), None) if isinstance(
-            self.network, nn.Module
-        ) else None
+        weight = (
+            next((p for p in self.network.parameters() if p.is_floating_point()), None)
+            if isinstance(self.network, nn.Module)
+            else None
+        )
         return (torch.device("cpu"), torch.float32) if weight is None else (weight.device, weight.dtype)
 
 
@@ -228,7 +230,10 @@ class ModelField:
     @property
     def label(self) -> str:
         """The condition in words, for reports and artifacts."""
-        entries = [f"{k}={v}" if not isinstance(v, Tensor) else f"{k}=<{'x'.join(map(str, v.shape))}>" for k, v in self.condition.items()]
+        entries = [
+            f"{k}={v}" if not isinstance(v, Tensor) else f"{k}=<{'x'.join(map(str, v.shape))}>"
+            for k, v in self.condition.items()
+        ]
         if self.guidance != 1.0:
             entries.append(f"guidance={self.guidance:g}")
         if self.classifier is not None:
@@ -266,6 +271,14 @@ class ModelField:
         outer_p, outer_q = model.path.mix(t, model.predicts, target)
         return _per_sample(outer_p * p, value) * value + _per_sample(outer_p * q + outer_q, x) * x
 
+    def take(self, index: slice) -> "ModelField":
+        """The field for some of the samples: conditions given per sample are cut likewise."""
+        cut = {k: v[index] if isinstance(v, Tensor) and v.ndim and v.shape[0] > 1 else v for k, v in self.condition.items()}
+        null = self.null and {
+            k: v[index] if isinstance(v, Tensor) and v.ndim and v.shape[0] > 1 else v for k, v in self.null.items()
+        }
+        return replace(self, condition=cut, null=null)
+
     def _native(self, x: Tensor, t: Time) -> Tensor:
         """The network's bare output, guidance applied (guidance weights sum to one, so it commutes with conversion)."""
         if self.null is None:
@@ -286,7 +299,13 @@ class ModelField:
         asked = x.to(dtype)
         step = model.max_batch or batch
         pieces = [
-            _checked(model.call(model.network, asked[i : i + step], time[i : i + step], _slice(kwargs, i, step, batch)), x, step, i, model)
+            _checked(
+                model.call(model.network, asked[i : i + step], time[i : i + step], _slice(kwargs, i, step, batch)),
+                x,
+                step,
+                i,
+                model,
+            )
             for i in range(0, batch, step)
         ]
         output = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -330,20 +349,28 @@ def _expand(condition: Condition, batch: int, device: torch.device) -> dict[str,
 def _stack(null: Condition, given: Condition) -> dict[str, Any]:
     if null.keys() != given.keys():
         raise FieldError(f"null and condition must have the same keys, got {sorted(null)} and {sorted(given)}")
-    return {key: torch.cat([null[key], value]) if isinstance(value, Tensor) and value.ndim else value for key, value in given.items()}
+    return {
+        key: torch.cat([null[key], value]) if isinstance(value, Tensor) and value.ndim else value
+        for key, value in given.items()
+    }
 
 
 def _slice(condition: Condition, start: int, size: int, batch: int) -> Condition:
     if size >= batch:
         return condition
-    return {k: v[start : start + size] if isinstance(v, Tensor) and v.ndim and v.shape[0] == batch else v for k, v in condition.items()}
+    return {
+        k: v[start : start + size] if isinstance(v, Tensor) and v.ndim and v.shape[0] == batch else v
+        for k, v in condition.items()
+    }
 
 
 def _checked(output: Any, x: Tensor, step: int, start: int, model: Model) -> Tensor:
     expected = (min(step, x.shape[0] - start), *x.shape[1:])
     if not isinstance(output, Tensor) or not output.is_floating_point():
         got = f"{output.dtype} tensor" if isinstance(output, Tensor) else type(output).__name__
-        raise FieldError(f"{model.name} must return a floating-point tensor of shape {expected}, got a {got}; see adapt(call=...)")
+        raise FieldError(
+            f"{model.name} must return a floating-point tensor of shape {expected}, got a {got}; see adapt(call=...)"
+        )
     if tuple(output.shape) != expected:
         raise FieldError(
             f"{model.name} must return shape {expected}, got {tuple(output.shape)}; "
@@ -376,6 +403,10 @@ class JointField:
     def __call__(self, x: State, t: Time) -> State:
         return self.predict(x, t, "velocity")
 
+    def take(self, index: slice) -> "JointField":
+        """The field for some of the samples of every condition."""
+        return JointField([f.take(index) for f in self.fields])
+
     def predict(self, x: State, t: Time, target: Prediction) -> State:
         if x.shape[0] % len(self.fields):
             raise FieldError(f"a batch of {x.shape[0]} cannot be shared equally by {len(self.fields)} conditions")
@@ -391,12 +422,18 @@ class CountedField:
     Attributes:
         calls: field calls (NFE).
         samples: network passes summed over the batch, the unit in which training costs are counted.
+        parent: counts along.
     """
 
     field: Field
     check: bool = True
+    parent: "CountedField | None" = None
     calls: int = field(default=0, init=False)
     samples: int = field(default=0, init=False)
+
+    def over(self, inner: Field) -> "CountedField":
+        """A counter for another field whose calls count here too."""
+        return CountedField(inner, self.check, self)
 
     @property
     def path(self) -> AffinePath:
@@ -413,8 +450,11 @@ class CountedField:
         return self._count(self.field.predict(x, t, target), x, t)  # type: ignore[attr-defined]
 
     def _count(self, value: Tensor, x: Tensor, t: Time) -> Tensor:
-        self.calls += 1
-        self.samples += x.shape[0] * self.passes
+        counter: CountedField | None = self
+        while counter is not None:
+            counter.calls += 1
+            counter.samples += x.shape[0] * self.passes
+            counter = counter.parent
         if value.shape != x.shape:
             raise FieldError(f"the field must return the state's shape {tuple(x.shape)}, got {tuple(value.shape)}")
         if self.check and not bool(torch.isfinite(value).all()):

@@ -17,7 +17,6 @@ from torch import Tensor
 from ._types import Prediction, Raw, State, Time
 
 
-
 class Coefficients(NamedTuple):
     """alpha, sigma and their time derivatives, float64, shaped like the time they were asked for."""
 

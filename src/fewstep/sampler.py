@@ -1,19 +1,17 @@
 """The table: a few-step sampler is numbers, and one loop runs them all.
 
-    x_i = a_i x_0 + sum_{j<i} b_ij u_j        u_j = u(x_j, t_j)        i = 0 ... n      x_n is the sample, n the NFE
+x_i = a_i x_0 + sum_{j<i} b_ij u_j        u_j = u(x_j, t_j)        i = 0 ... n      x_n is the sample, n the NFE
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, overload
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ._plan import Plan, Stepper, make_plan
-from ._types import Field, FieldError, PathField, Prediction, Raw, State, Time
+from ._types import Field, FieldError, PathField, Prediction, Raw, State
 from .path import AffinePath, raw_mix
 
 
@@ -106,7 +104,7 @@ class Sampler:
         """How the executor computes each row; `plan.alive` is the number of state-sized tensors it holds at most."""
         return self._plan  # type: ignore[attr-defined]  # set in __post_init__, it is not a field of the table
 
-    def __call__(self, field: Field, noise: State, *, trajectory: bool = False, progress: bool = False) -> State:
+    def __call__(self, field: Field, noise: State, *, trajectory: bool = False, progress: bool = False) -> Tensor:
         """Run the table: `nfe` field calls.
 
         No graph is kept unless `noise` requires grad. On an accelerator the loop never waits for the device; outputs are
@@ -144,7 +142,7 @@ class Sampler:
             raise FieldError(f"this sampler was made for {self.provenance.path}, the field lives on {path!r}; tune one for it")
         if self.predicts == "velocity":
             return field
-        if not isinstance(field, PathField):
+        if path is None or not isinstance(field, PathField):
             raise FieldError(
                 f'this sampler combines "{self.predicts}" predictions, a bare velocity field cannot give them; '
                 "use adapt(...).given(...), or sampler.rebase(path, 'velocity')"

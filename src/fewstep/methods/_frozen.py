@@ -9,6 +9,7 @@ add divided differences of m in lambda = log(alpha / sigma) (DPM-Solver, 2206.00
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from .._types import Field
@@ -80,15 +81,20 @@ class FrozenStep:
         ratio = alpha_t / alpha_s
         return ratio, sigma_t - ratio * sigma_s, sigma_t
 
-    def _lambda(self, t: Tensor) -> Tensor:
-        """log-SNR, kept finite at the ends: it only places nodes and scales divided differences."""
+    def _lambdas(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log-SNR at both ends, taken just inside where it is infinite: it places nodes and scales divided differences."""
         assert self.path is not None
-        return self.path.log_snr(t.clamp(self.path.margin, 1.0 - self.path.margin))
+        inset = ((t - s) / 2).clamp(max=self.path.margin)
+        start, end = self.path.log_snr(s), self.path.log_snr(t)
+        return (
+            start if torch.isfinite(start) else self.path.log_snr(s + inset),
+            end if torch.isfinite(end) else self.path.log_snr(t - inset),
+        )
 
     def _node(self, s: Tensor, t: Tensor, node: int) -> Tensor:
         """Nodes equally spaced in lambda: 1/2 for order 2, 1/3 and 2/3 for order 3."""
         assert self.path is not None
-        start, end = self._lambda(s), self._lambda(t)
+        start, end = self._lambdas(s, t)
         return self.path.time_of_log_snr(start + (end - start) * (node / self.stages))
 
     def _partial(self, x: Tensor, held: list[Tensor], s: Tensor, t: Tensor, end: Tensor, node: int) -> Tensor:
@@ -99,7 +105,8 @@ class FrozenStep:
             return x_end
         if self.stages == 2:
             return x_end + gain * (held[1] - held[0])  # 0.5 / r1 with r1 = 1/2
-        h = (self._lambda(t) - self._lambda(s)) * (node / self.stages)
+        start, stop = self._lambdas(s, t)
+        h = (stop - start) * (node / self.stages)
         slope = coefficient + gain / h if self.predicts == "noise" else coefficient - gain / h
         if node == 2:
             return x_end + 2.0 * slope * (held[1] - held[0])  # r2 / r1

@@ -42,12 +42,14 @@ class Method:
         Raises:
             BudgetError: there is none; the message names the nearest budgets that work.
         """
-        possible = [(n, cost) for n in range(1, 5 * max(nfe, 1) + 16) if (cost := self.calls(n)) is not None]
+        possible = [(n, cost) for n in range(1, 64 * max(nfe, 1) + 64) if (cost := self.calls(n)) is not None]
         for n, cost in possible:
             if cost == nfe:
                 return n
         near = sorted({cost for _, cost in possible}, key=lambda cost: (abs(cost - nfe), cost))[:2]
-        raise BudgetError(f"{self.name} cannot spend exactly {nfe} calls; the nearest budgets are {' and '.join(map(str, sorted(near)))}")
+        raise BudgetError(
+            f"{self.name} cannot spend exactly {nfe} calls; the nearest budgets are {' and '.join(map(str, sorted(near)))}"
+        )
 
 
 def method(

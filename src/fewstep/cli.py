@@ -1,0 +1,342 @@
+"""The command line: parse, one library call, print. Nothing here imports torch before a command runs."""
+
+import json as jsonlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import App, Parameter
+
+from . import __version__
+from .config import Conditions, Integers, TuneConfig, Words, as_flags, parse_conditions, settings_in, to_toml
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .climb import TuneResult
+    from .field import JointField, Model, ModelField
+
+app = App(
+    name="fewstep",
+    help="The best few-step sampler that a flow or diffusion model allows, as a small file of numbers.",
+    version=__version__,
+    default_parameter=Parameter(negative=()),
+)
+
+NOISES = 256
+"""Noises of `evaluate` and of tuners that are named there."""
+
+
+@app.command
+def demo(*, out: Path = Path("fewstep-demo"), seed: int = 0, json: bool = False) -> None:
+    """Tune samplers for the bundled digits model at NFE 4, 6, 8 and 10 and compare them with every stock scheduler.
+
+    Args:
+        out: folder for samplers, report and pictures.
+        seed: seed of all noise.
+        json: print the report as JSON.
+    """
+    tune("digits", settings=TuneConfig(out=out, seed=seed), json=json)
+
+
+@app.command
+def tune(
+    model: str,
+    *,
+    settings: TuneConfig = TuneConfig(),  # noqa: B008  # frozen
+    config: Annotated[Path | None, Parameter()] = None,
+    print_config: bool = False,
+    json: bool = False,
+) -> None:
+    """Find the best sampler of each budget for a model.
+
+    Args:
+        model: a bundled name (digits), a directory saved by fewstep, or package.module:function.
+        settings: see below.
+        config: TOML or JSON file with any of these settings; flags win over it.
+        print_config: print the settings as TOML and stop.
+        json: print the report as JSON.
+    """
+    if print_config:
+        print(to_toml(settings), end="")
+        return
+    del config  # `main` has already put the file's settings in front of the flags
+    from .zoo import load
+
+    loaded = load(model)
+    conditions = parse_conditions(settings.condition, settings.guidance)
+    groups = [[c] for c in conditions] if settings.each and conditions else [conditions]
+    reports = []
+    for group in groups:
+        out = settings.out / _folder(group) if len(groups) > 1 and group else settings.out
+        reports.append(_tune_one(loaded, model, settings, group, out, quiet=json))
+    if json:
+        print(jsonlib.dumps(reports if len(reports) > 1 else reports[0], indent=1))
+
+
+def _folder(group: Sequence[dict[str, Any]]) -> str:
+    return "_".join(f"{k}-{v:g}" for one in group for k, v in one.items())
+
+
+def _tune_one(
+    model: "Model", name: str, settings: TuneConfig, conditions: list[dict[str, Any]] | None, out: Path, *, quiet: bool
+) -> dict[str, Any]:
+    import shutil
+
+    from .climb import tune as tune_model
+    from .report import to_console, write_report
+    from .zoo import training_passes
+
+    _writable(out)
+    result = tune_model(
+        model, nfe=settings.nfe, effort=settings.effort, noise=settings.noise, conditions=conditions, metric=settings.metric,
+        seed=settings.seed, resume=out / "progress", progress=True,
+    )  # fmt: skip
+    result = result.with_training_cost(training_passes(name))
+    result.save(out)
+    pictures, target = _pictures(model, result, settings.seed)
+    write_report(result.report, out, samplers=result.by_name(), pictures=pictures, reference_picture=target)
+    shutil.rmtree(out / "progress", ignore_errors=True)
+    if not quiet:
+        to_console(result.report)
+        print(f"samplers and report in {out}; open {out / 'report.html'}")
+        print(f"use one:  fewstep sample {name} --sampler {out / f'nfe-{max(result)}'} --num 64 --out samples")
+    return {**result.report.to_dict(), "samplers": {str(n): str(out / f"nfe-{n}") for n in result}}
+
+
+def _pictures(model: "Model", result: "TuneResult", seed: int) -> tuple[dict[str, "Tensor"], "Tensor"]:
+    """Samples of the tuned samplers and of the best stock scheduler of each budget, all from the same noise."""
+    import torch
+
+    from .climb import draw
+    from .trajectory import reference
+
+    assert model.shape is not None
+    count = 20
+    field = model.given(torch.arange(count) % model.classes if model.classes else None)
+    noise = draw((count, *model.shape), seed, 3).to(model.device_dtype()[0])
+    pictures = {name: sampler(field, noise) for name, sampler in result.by_name(rivals=True).items()}
+    return pictures, reference(field, noise, tol=1e-3).end
+
+
+@app.command
+def sample(
+    model: str,
+    *,
+    sampler: str,
+    num: int = 64,
+    nfe: int | None = None,
+    which: Conditions = Conditions(),  # noqa: B008  # frozen
+    batch: int = 256,
+    seed: int = 0,
+    out: Path = Path("fewstep-samples"),
+    json: bool = False,
+) -> None:
+    """Draw samples: samples.safetensors, and a picture where they are images.
+
+    Args:
+        model: a bundled name (digits), a directory saved by fewstep, or package.module:function.
+        sampler: a directory from `fewstep tune`, a method (see `fewstep methods`), method@grid, or a stock scheduler.
+        num: how many.
+        nfe: number of network calls, for a sampler that is not a directory (or to choose one in a folder of several).
+        which: see below.
+        batch: samples per network batch.
+        seed: seed of the noise.
+        out: folder.
+        json: print a summary as JSON.
+    """
+    import torch
+
+    from .field import CountedField
+    from .naming import resolve
+    from .outputs import save_samples
+    from .zoo import load
+
+    if num < 1:
+        raise ValueError(f"--num must be at least 1, got {num}")
+    _writable(out)
+    loaded = load(model)
+    noise, labels = _noise(loaded, num, seed), _labels(loaded, num)
+    conditions = parse_conditions(which.condition, which.guidance) or [{}]
+    if len(conditions) > 1:
+        raise ValueError(f"sample draws from one condition at a time, got {len(conditions)}; run it once for each")
+    probe = _field(loaded, conditions, labels[:NOISES] if labels is not None else None, min(num, NOISES))
+    found = resolve(sampler, loaded, probe, noise[:NOISES], None if nfe is None else (nfe,))
+    if len(found) > 1:
+        raise ValueError(f"{sampler} holds {len(found)} samplers; choose one with --nfe or give its folder: {', '.join(found)}")
+    (name, table), pieces, calls, passes = next(iter(found.items())), [], 0, 1
+    for start in range(0, num, batch):
+        part = slice(start, start + batch)
+        field = _field(loaded, conditions, None if labels is None else labels[part], len(noise[part]))
+        counted = CountedField(field)
+        pieces.append(table(counted, noise[part]))
+        calls, passes = counted.calls, counted.passes
+    drawn = torch.cat(pieces)
+    files = save_samples(drawn, out, labels)
+    summary = {"sampler": name, "num": num, "nfe": calls, "network passes": calls * passes, "files": [str(f) for f in files]}
+    print(jsonlib.dumps(summary) if json else f"{num} samples with {calls} network calls each: {', '.join(summary['files'])}")
+
+
+@app.command
+def evaluate(
+    model: str,
+    *,
+    samplers: Words,
+    nfe: Integers = (),
+    which: Conditions = Conditions(),  # noqa: B008  # frozen
+    noise: int = NOISES,
+    seed: int = 0,
+    out: Path | None = None,
+    json: bool = False,
+) -> None:
+    """Measure samplers against the converged solution, on noise that no tuning with this seed has seen.
+
+    Args:
+        model: a bundled name (digits), a directory saved by fewstep, or package.module:function.
+        samplers: names or directories, with commas: euler,pfdiff1_1@boss,fit,fewstep-tune.
+        nfe: budgets, with commas; default: those of the directories.
+        which: see below.
+        noise: noises per condition.
+        seed: seed of the noise.
+        out: also write report.json, report.md, report.html and pictures there.
+        json: print the report as JSON.
+    """
+    from .climb import draw
+    from .evaluation import compare
+    from .naming import resolve
+    from .report import write_report
+    from .zoo import load
+
+    if out is not None:
+        _writable(out)
+    loaded = load(model)
+    conditions = parse_conditions(which.condition, which.guidance) or [{}]
+    shape = (noise * len(conditions), *_shape(loaded))
+    device = loaded.device_dtype()[0]
+    fitting, test = (draw(shape, seed, k).to(device) for k in (0, 2))
+    field = _field(loaded, conditions, _labels(loaded, noise), noise)
+    found = {}
+    for name in samplers:
+        found |= resolve(name, loaded, field, fitting, nfe or None)
+    report = compare(found, field, test)
+    if out is not None:
+        write_report(report, out, samplers=found)
+    print(jsonlib.dumps(report.to_dict(), indent=1) if json else report.to_markdown())
+
+
+@app.command
+def methods(*, json: bool = False) -> None:
+    """List the registered methods: name, order, network calls per step, paper.
+
+    Args:
+        json: print as JSON.
+    """
+    from .methods import registry
+
+    rows = [
+        {"name": m.name, "order": m.order, "nfe per step": _price(m.calls), "paper": m.paper, "path": m.path is not None}
+        for m in registry().values()
+    ]
+    if json:
+        print(jsonlib.dumps(rows, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "order", "NFE", "uses the path", "paper", box=None)
+    for row in rows:
+        table.add_row(row["name"], str(row["order"]), row["nfe per step"], "yes" if row["path"] else "", row["paper"])
+    Console().print(table)
+
+
+def _price(calls: Any) -> str:
+    """Field calls as a function of steps n, read off the method."""
+    possible = [n for n in range(1, 13) if calls(n) is not None]
+    per_step = (calls(possible[-1]) - calls(possible[-2])) / (possible[-1] - possible[-2])
+    if per_step >= 1:
+        return f"{per_step:g} per step"
+    return f"1 + (steps - 1) / {1 / per_step:g}"
+
+
+@app.command
+def doctor(*, json: bool = False) -> None:
+    """Look at this installation: versions, threads, packages that break others, disk.
+
+    Args:
+        json: print as JSON.
+    """
+    from .doctor import examine
+
+    findings = examine()
+    if json:
+        print(jsonlib.dumps([f.__dict__ for f in findings], indent=1))
+    else:
+        for finding in findings:
+            print(f"{finding.state:<5} {finding.what:<14} {finding.detail}")
+    if any(f.state == "BAD" for f in findings):
+        sys.exit(1)
+
+
+def _shape(model: "Model") -> tuple[int, ...]:
+    if model.shape is None:
+        raise ValueError(f"{model.name} does not say the shape of a sample: give adapt(..., shape=...)")
+    return model.shape
+
+
+def _noise(model: "Model", num: int, seed: int) -> "Tensor":
+    from .climb import draw
+
+    return draw((num, *_shape(model)), seed, 4).to(model.device_dtype()[0])
+
+
+def _labels(model: "Model", num: int) -> "Tensor | None":
+    import torch
+
+    return None if model.classes is None else torch.arange(num) % model.classes
+
+
+def _field(
+    model: "Model", conditions: Sequence[dict[str, Any]], labels: "Tensor | None", batch: int
+) -> "ModelField | JointField":
+    """All conditions side by side; without a label, a class-conditional model gets `labels`."""
+    from .field import JointField
+
+    assert labels is None or len(labels) == batch
+    fields = [model.given(c.get("label", labels), guidance=c.get("guidance", 1.0)) for c in conditions]
+    return fields[0] if len(fields) == 1 else JointField(fields)
+
+
+def _writable(folder: Path) -> None:
+    """Fail before the work, not after it."""
+    from .artifact import atomic_write
+
+    probe = folder / ".writable"
+    atomic_write(probe, b"")
+    probe.unlink()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point: errors that a user can mend are one line and exit 1, Ctrl-C is exit 130."""
+    # Idle OpenMP threads that spin slow everything else on a shared machine (and torch itself beside another process).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from ._errors import FewstepError
+
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if "--config" in words and words[0] == "tune":
+            at = words.index("--config")
+            if at + 1 < len(words):
+                words[1:1] = as_flags({k: v for k, v in settings_in(Path(words[at + 1])).items() if f"--{k}" not in words})
+        app(words)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on from here", file=sys.stderr)
+        sys.exit(130)
+    except (FewstepError, ValueError) as error:
+        print(f"fewstep: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

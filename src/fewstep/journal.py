@@ -1,0 +1,100 @@
+"""What an interrupted tuning has already found out: an append-only file of finished pieces, and cached references."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._types import Field, FewstepError
+from .coordinates import Coordinates
+from .sampler import Provenance, Sampler
+from .trajectory import Reference
+
+LARGEST_REFERENCE = 1 << 30
+"""Bytes above which a reference is solved again rather than kept on disk."""
+
+
+class Journal:
+    """Results by key; with a directory they survive the process.
+
+    Args:
+        directory: where to keep them; None keeps nothing.
+        identity: what the results belong to; another identity starts afresh.
+    """
+
+    def __init__(self, directory: Path | None, identity: str) -> None:
+        self._entries: dict[str, Any] = {}
+        self._directory = None if directory is None else directory / identity[:16]
+        if self._directory is None:
+            return
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._file = self._directory / "journal.jsonl"
+            lines = self._file.read_text().splitlines() if self._file.exists() else []
+        except OSError as error:
+            raise FewstepError(f"cannot keep progress in {self._directory}: {error.strerror}; choose another folder") from None
+        for line in lines:
+            try:
+                entry = json.loads(line)
+                self._entries[entry["key"]] = entry["value"]
+            except (ValueError, KeyError, TypeError):
+                break  # the line that was being written when the process died; what follows it cannot exist
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """The value under `key`, made (and kept) if it is new. Values are plain JSON data."""
+        if key not in self._entries:
+            value = make()
+            self._entries[key] = value
+            if self._directory is not None:
+                with self._file.open("a") as out:
+                    out.write(json.dumps({"key": key, "value": value}) + "\n")
+        return self._entries[key]
+
+    def sampler(self, key: str, make: Callable[[], Sampler]) -> Sampler:
+        """A table under `key`."""
+        data = self.get(key, lambda: _plain(make()))
+        times, a, b = (torch.tensor(data[name], dtype=torch.float64) for name in ("times", "a", "b"))
+        return Sampler(times, a, b, provenance=Provenance(method=data["method"]))
+
+    def reference(self, key: str, coordinates: Coordinates, make: Callable[[], Reference]) -> Reference:
+        """A converged solution under `key`, in a safetensors file of its own."""
+        if self._directory is None:
+            return make()
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file, save_file
+
+        file = self._directory / f"{key}.safetensors"
+        if key in self._entries and file.exists():
+            try:
+                kept = load_file(file)
+                facts = self._entries[key]
+                return Reference(coordinates, kept["knots"], kept["states"], kept["rates"], facts["error"], facts["nfe"])
+            except (SafetensorError, OSError, KeyError):
+                del self._entries[key]
+        solution = make()
+        tensors = {"knots": solution.knots, "states": solution.states.contiguous(), "rates": solution.rates.contiguous()}
+        if solution.states.nbytes < LARGEST_REFERENCE and not solution.states.is_cuda:
+            partial = file.with_suffix(".partial")
+            save_file(tensors, partial)
+            partial.replace(file)
+            self.get(key, lambda: {"error": solution.error, "nfe": solution.nfe})
+        return solution
+
+
+def _plain(sampler: Sampler) -> dict[str, Any]:
+    return {
+        "times": sampler.times.tolist(), "a": sampler.a.tolist(), "b": sampler.b.tolist(), "method": sampler.provenance.method,
+    }  # fmt: skip
+
+
+def identity(field: Field, noise: Tensor, *words: object) -> str:
+    """A hash of what a result depends on: the field's own output on some noise, the noise, and the settings."""
+    digest = hashlib.sha256(repr(words).encode())
+    digest.update(noise.detach().cpu().numpy().tobytes())
+    with torch.no_grad():
+        digest.update(field(noise, 0.5).detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,19 @@
+"""Set-up of every test session: one thread, no network, shapes in fewstep's signatures checked."""
+
+import os
+
+# Read when torch and huggingface_hub are imported, hence before any other import.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["MPLBACKEND"] = "Agg"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("fewstep", "beartype.beartype")
+
+import hypothesis
+import torch
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("fewstep", deadline=None, derandomize=True, database=None, max_examples=40)
+hypothesis.settings.load_profile("fewstep")
