@@ -12,8 +12,18 @@ from jaxtyping import install_import_hook
 install_import_hook("fewstep", "beartype.beartype")
 
 import hypothesis
+import jaxtyping
+import pytest
 import torch
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("fewstep", deadline=None, derandomize=True, database=None, max_examples=40)
 hypothesis.settings.load_profile("fewstep")
+
+
+@pytest.fixture
+def unchecked():
+    """Without the shape checks: for long loops, and for messages to users who misspell what the checks would catch first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,5 +1,6 @@
 """Fields that carry their own exact solutions, and smooth ones that have none; everything in float64 by default."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -51,6 +52,37 @@ def gaussian_flow(path: AffinePath) -> GaussianFlow:
     )
 
 
+class ShearedSpiral:
+    """A non-linear field in the plane with a closed form, for orders: no method is better on it than it should be.
+
+    y spirals, dy/dt = g' y + w' J y with g = sin(2 t) / 2 and w = t + 0.6 t^2; the state is x = (y1, y2 + shear y1^2).
+    """
+
+    shear = 0.7
+
+    def velocity(self, x, t):
+        y1, y2 = x[:, 0], x[:, 1] - self.shear * x[:, 0] ** 2
+        t = torch.as_tensor(t, dtype=torch.float64)
+        growth, turn = torch.cos(2 * t), 1 + 1.2 * t
+        d1, d2 = growth * y1 - turn * y2, growth * y2 + turn * y1
+        return torch.stack([d1, d2 + 2 * self.shear * y1 * d1], 1)
+
+    def solution(self, x, start: float, end: float):
+        grown = math.exp((math.sin(2 * end) - math.sin(2 * start)) / 2)
+        angle = (end + 0.6 * end**2) - (start + 0.6 * start**2)
+        y = torch.complex(x[:, 0], x[:, 1] - self.shear * x[:, 0] ** 2) * grown * complex(math.cos(angle), math.sin(angle))
+        return torch.stack([y.real, y.imag + self.shear * y.real**2], 1)
+
+
+def slope(errors: list[float], steps: list[int]) -> float:
+    """Order of convergence between the last two step counts."""
+    return math.log(errors[-2] / errors[-1]) / math.log(steps[-1] / steps[-2])
+
+
+def rms(x: Tensor) -> float:
+    return float(x.double().square().mean().sqrt())
+
+
 @dataclass(frozen=True)
 class Mixture:
     """Data from equally likely isotropic Gaussians: a smooth non-linear field on any path."""
@@ -60,15 +92,22 @@ class Mixture:
     std: float
 
     def data(self, x, t):
+        """E[x1 | x_t = x]."""
+        return self._expected(x, t)[0]
+
+    def velocity(self, x, t):
+        _, _, d_alpha, d_sigma = self.path.coefficients(t)
+        data, noise = self._expected(x, t)
+        return d_alpha * data + d_sigma * noise
+
+    def _expected(self, x, t):
+        """Posterior means of data and noise: per component a Gaussian's, weighted by how well each explains x."""
         alpha, sigma, _, _ = self.path.coefficients(t)
         variance = alpha**2 * self.std**2 + sigma**2
         gaps = x[:, None] - alpha * self.means.to(x)
-        weights = torch.softmax(-(gaps**2).sum(-1) / (2 * variance), dim=1)
-        posterior = self.means.to(x) + alpha * self.std**2 / variance * gaps
-        return (weights[..., None] * posterior).sum(1)
-
-    def velocity(self, x, t):
-        return self.path.convert(self.data(x, t), x, t, source="data", target="velocity")
+        weights = torch.softmax(-(gaps**2).sum(-1) / (2 * variance), dim=1)[..., None]
+        data = (weights * (self.means.to(x) + alpha * self.std**2 / variance * gaps)).sum(1)
+        return data, (weights * (sigma / variance * gaps)).sum(1)
 
 
 def mixture(path: AffinePath, dimensions: int = 2, components: int = 5, std: float = 0.25, seed: int = 0) -> Mixture:

@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import methods as methods
+    from ._tabulate import tabulate as tabulate
     from ._types import ArtifactError as ArtifactError
     from ._types import BudgetError as BudgetError
     from ._types import FewstepError as FewstepError
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from .path import DiscreteVP as DiscreteVP
     from .sampler import Provenance as Provenance
     from .sampler import Sampler as Sampler
-    from ._tabulate import tabulate as tabulate
     from .trajectory import Reference as Reference
     from .trajectory import Trajectory as Trajectory
     from .trajectory import dopri5 as dopri5
@@ -63,7 +63,7 @@ _HOMES = {
     "zoo": ("load",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
-__all__ = ["__version__", "methods", *sorted(_HOME)]  # noqa: PLE0604 (names are strings)
+__all__ = ["__version__", "methods", *sorted(_HOME)]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,12 +5,15 @@ the previous state plus one output, a two-step method's the previous state plus 
 numbers alone; `Stepper` runs it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ._types import FieldError
 
 EXACT = 1e-12
 """Relative residual under which a recurrence counts as the same row (tables are float64)."""
@@ -64,12 +67,15 @@ def _sparsest(full: np.ndarray, i: int) -> tuple[Term, ...]:
     target = full[i]
     best = _terms([(target[0], "x", -1), *((target[1 + j], "u", j) for j in range(i))])
     for states in range(1, min(i, 3) + 1):
-        for outputs in range(1, min(i, 4) + 1):
-            if states + outputs >= len(best):
-                continue
+        # More outputs leave fewer equations: what fails with the most of them fails with fewer, too.
+        most = min(i, 4, len(best) - 1 - states)
+        if most < 1 or _recurrence(full, i, states, most) is None:
+            continue
+        for outputs in range(1, most + 1):
             found = _recurrence(full, i, states, outputs)
-            if found is not None and len(found) < len(best):
-                best = found
+            if found is not None:
+                best = min(best, found, key=len)
+                break
     return best
 
 
@@ -77,25 +83,32 @@ def _sparsest(full: np.ndarray, i: int) -> tuple[Term, ...]:
 def _recurrence(full: np.ndarray, i: int, states: int, outputs: int) -> tuple[Term, ...] | None:
     """The row as a combination of the last `states` states and `outputs` outputs, if it is one."""
     target, previous = full[i], full[i - states : i]
-    recent = np.arange(1 + i - outputs, 1 + i)
-    old = np.setdiff1d(np.arange(1 + i), recent)
-    weights, *_ = np.linalg.lstsq(previous[:, old].T, target[old], rcond=None)
+    old = 1 + i - outputs  # columns before it: the noise and the outputs that the states must account for
+    weights = _weights(previous[:, :old], target[:old])
     rest = target - weights @ previous
     if not np.isfinite(rest).all():
         return None
     scale = max(np.abs(target).max(), 1e-300)
-    if np.abs(rest[old]).max(initial=0.0) > EXACT * scale:
+    if np.abs(rest[:old]).max(initial=0.0) > EXACT * scale:
         return None
-    if max(np.abs(weights).max(), np.abs(rest[recent]).max()) > LARGEST * max(scale, 1.0):
+    if max(np.abs(weights).max(), np.abs(rest[old : 1 + i]).max()) > LARGEST * max(scale, 1.0):
         return None
     weights[np.abs(weights - 1.0) < EXACT] = 1.0
     rest[np.abs(rest) < EXACT * scale] = 0.0
     return _terms(
         [
             *((weights[k], "x", i - states + k) for k in reversed(range(states))),
-            *((rest[c], "u", int(c) - 1) for c in recent),
+            *((rest[c], "u", c - 1) for c in range(old, 1 + i)),
         ]
     )
+
+
+def _weights(rows: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Least squares, target ~ weights @ rows; a single row, the common case, needs no solver."""
+    if len(rows) == 1:
+        square = rows[0] @ rows[0]
+        return np.array([rows[0] @ target / square if square > 0.0 else 0.0])
+    return np.linalg.lstsq(rows.T, target, rcond=None)[0]
 
 
 def _terms(candidates: list[tuple[float, str, int]]) -> tuple[Term, ...]:
@@ -121,6 +134,8 @@ class Stepper:
 
     def advance(self, u: Tensor) -> Tensor:
         """Take the field's output at `state` and return the next state."""
+        if u.shape != self.state.shape:
+            raise FieldError(f"the field must return the state's shape {tuple(self.state.shape)}, got {tuple(u.shape)}")
         if self._reuse and u.untyped_storage().data_ptr() == self.state.untyped_storage().data_ptr():
             u = u.clone()  # a field that returns its argument: the state's memory will be written to
         if u.dtype != self.state.dtype:
@@ -130,17 +145,30 @@ class Stepper:
         self.state = self._make()
         return self.state
 
-    def shift(self, delta: Tensor, weight: float) -> None:
-        """The caller moved the state by `delta`: move every tensor that carries states along (`weight` is the row's a)."""
-        for (kind, index), value in self._held.items():
-            if kind == "x" and index == -1 and weight != 0.0:
-                self._held[kind, index] = value + delta / weight
-            elif kind == "x" and index >= 0:
-                self._held[kind, index] = value + delta
+    @property
+    def alone(self) -> bool:
+        """Whether `state` is all that is left of the past states: who edits it in place then edits everything."""
+        return not any(kind == "x" and index != self._row for kind, index in self._held)
+
+    def shift(self, delta: Tensor, weights: Sequence[float]) -> None:
+        """The caller moved the state by `delta`: move the noise and the kept states to where they would have led there.
+
+        Args:
+            delta: what was added to `state`.
+            weights: the table's `a`. At the same outputs, noise moved by delta / a_row moves state k by a_k / a_row delta.
+        """
+        here = weights[self._row]
+        for kind, index in tuple(self._held):
+            if kind == "x" and (index == self._row or here != 0.0):
+                share = 1.0 if index == self._row else (weights[index] if index >= 0 else 1.0) / here
+                self._held[kind, index] = torch.add(self._held[kind, index], delta, alpha=share)
+        self.state = self._held["x", self._row]
 
     def _make(self) -> Tensor:
         terms, drops = self._plan.rows[self._row], self._plan.drops[self._row]
         operands = [(t.coefficient, self._held[t.kind, t.index]) for t in terms]
+        if [(t.coefficient, t.kind) for t in terms] == [(1.0, "u")]:
+            operands = [(1.0, operands[0][1].clone())]  # a state is ours to write over, an output is not
         dying = [self._held[key] for key in drops if key[0] == "x" and self._writable(key)] if self._reuse else []
         # Best first operand: one with coefficient one (saves a pass), then one whose memory the result can take.
         operands.sort(key=lambda pair: (pair[0] != 1.0, not _among(pair[1], dying)))

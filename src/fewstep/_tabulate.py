@@ -51,13 +51,15 @@ def write_table(method: Run, grid: TimeGrid, *, start_scale: float = 1.0) -> Sam
     rows, times = [], []
 
     def record(x: Tensor, t: Time) -> Tensor:
-        rows.append(x[0])
+        rows.append(x[0].clone())  # a method may move its state in place
         times.append(torch.as_tensor(t, dtype=torch.float64))
-        return basis[len(rows)][None]
+        return basis[min(len(rows), size - 1)].clone()[None]
 
     rows.append(method(record, grid, start_scale * basis[:1])[0])
-    table = torch.stack(rows)
     name = str(getattr(method, "name", getattr(method, "__name__", type(method).__name__)))
+    if len(rows) != size:
+        raise NotLinearError(f'"{name}" asked the field {size - 1} times, then {len(rows) - 1}; adaptive methods are not tables')
+    table = torch.stack(rows)
     return Sampler(torch.stack(times), table[:, 0], table[:, 1:], provenance=Provenance(method=name))
 
 

@@ -118,14 +118,9 @@ def read_sampler(directory: str | Path) -> "Sampler":
     known = document.provenance.model_dump()
     known |= {"conditions": tuple(known["conditions"]), "shape": None if known["shape"] is None else tuple(known["shape"])}
     try:
-        sampler = Sampler(
-            times=document.times,
-            a=document.a,
-            b=document.b,
-            predicts=document.predicts,
-            clock=document.clock,
-            provenance=Provenance(**known),
-        )
+        times, a, b = (torch.tensor(v, dtype=torch.float64) for v in (document.times, document.a, document.b))
+        clock = None if document.clock is None else torch.tensor(document.clock, dtype=torch.float64)
+        sampler = Sampler(times, a, b, document.predicts, clock, Provenance(**known))
     except ValueError as error:
         raise refusal(f"{folder / SAMPLER} does not hold a sampler: {short(error, 300)}; {_AGAIN}") from error
     _check_scheduler(folder / SCHEDULER, document.scheduler_sha256)
@@ -193,13 +188,11 @@ def check_fits(sampler: "Sampler", model: "Model") -> None:
     """
     made = sampler.provenance
     if made.path and made.path != repr(model.path):
-        raise refusal(
-            f"this sampler was made for {made.path}, {model.name} lives on {model.path!r}; run `fewstep tune` on {model.name}"
-        )
+        raise refusal(f"this sampler was made for {made.path}, {model.name} lives on {model.path!r}; run `fewstep tune` on it")
     if made.shape is not None and model.shape is not None and tuple(made.shape) != tuple(model.shape):
         raise refusal(
             f"this sampler was made for samples of shape {tuple(made.shape)}, {model.name} makes {tuple(model.shape)}; "
-            f"run `fewstep tune` on {model.name}"
+            "run `fewstep tune` on it"
         )
     actual = model.fingerprint() if made.fingerprint else ""
     if actual and actual != made.fingerprint:

@@ -46,7 +46,7 @@ class Coordinates:
         return self.path.time_of_log_snr(angle.cos().log() - angle.sin().clamp(min=0.0).log())
 
     def scale(self, t: Tensor | float) -> float:
-        """x = scale z at time t."""
+        """The factor in x = scale z at time t."""
         if self.path is None:
             return 1.0
         alpha, sigma, _, _ = self.path.coefficients(t)

@@ -79,11 +79,12 @@ class Report:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> "Report":
-        """The inverse of `to_dict`."""
-        rows = [
-            Row(**{**row, "metrics": {name: Estimate(**value) for name, value in row["metrics"].items()}})
-            for row in data["rows"]
-        ]
+        """The inverse of `to_dict`; numbers may be texts such as "nan", as ``report.json`` has them."""
+        rows = []
+        for row in data["rows"]:
+            metrics = {name: Estimate(**{k: float(v) for k, v in value.items()}) for name, value in row["metrics"].items()}
+            by_condition = {name: float(value) for name, value in row.get("by_condition", {}).items()}
+            rows.append(Row(**{**row, "metrics": metrics, "by_condition": by_condition}))
         return Report(data["title"], tuple(rows), data["facts"])
 
     def to_markdown(self) -> str:
@@ -97,11 +98,16 @@ class Report:
         for row in sorted(
             self.rows, key=lambda r: (r.nfe, sign * _ordered(r.metrics[key].value, sign) if key in r.metrics else 0.0)
         ):
-            cells = [str(row.nfe), row.name, row.group, *(str(row.metrics.get(name, "")) for name in metrics)]
+            cells = [str(row.nfe), markdown_cell(row.name), row.group, *(str(row.metrics.get(name, "")) for name in metrics)]
             if several:
                 cells.append("" if row.worst is None else f"{row.worst:.4g}")
             lines.append("| " + " | ".join(cells) + " |")
         return "\n".join(lines)
+
+
+def markdown_cell(text: object) -> str:
+    """A name as one line that is neither Markdown nor HTML."""
+    return "".join("\\" + c if c in "\\|<[`*" else c for c in " ".join(str(text).split()))
 
 
 def _ordered(value: float, sign: float) -> float:

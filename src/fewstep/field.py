@@ -7,7 +7,7 @@ else.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -130,7 +130,7 @@ class Model:
         digest = hashlib.sha256()
         for name, value in sorted(self.network.state_dict().items()):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+            digest.update(value.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes() if value.numel() else b"")
         return digest.hexdigest()
 
     def parameters(self) -> int:
@@ -139,12 +139,13 @@ class Model:
 
     def device_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the network lives and in which precision it computes (CPU float32 for a plain function)."""
-        weight = (
-            next((p for p in self.network.parameters() if p.is_floating_point()), None)
-            if isinstance(self.network, nn.Module)
-            else None
-        )
+        weight = self.weight()
         return (torch.device("cpu"), torch.float32) if weight is None else (weight.device, weight.dtype)
+
+    def weight(self) -> Tensor | None:
+        """The first floating-point weight: the network is asked in its precision, without one in the state's."""
+        weights = self.network.parameters() if isinstance(self.network, nn.Module) else ()
+        return next((p for p in weights if p.is_floating_point()), None)
 
 
 def adapt(
@@ -183,7 +184,7 @@ def adapt(
         name: what reports call the model; default: the class or function name.
 
     Raises:
-        ValueError: `raw` and `predicts` contradict each other.
+        ValueError: `raw` or `predicts` is unknown, or they contradict each other.
 
     Example:
         >>> model = adapt(lambda x, t: -x, shape=(2,))
@@ -191,6 +192,9 @@ def adapt(
         tensor([[-1., -1.]])
     """
     path = path or CondOT()
+    for what, value, known in (("predicts", predicts, get_args(Prediction)), ("raw", raw, get_args(Raw))):
+        if value not in known:
+            raise ValueError(f'{what} must be one of {", ".join(known)}, got "{value}"')
     meant = {"negated": "velocity", "v_prediction": "noise", "edm": "data"}.get(raw, predicts)
     if predicts != meant:
         raise ValueError(f'raw="{raw}" networks have predicts="{meant}", got "{predicts}"')
@@ -293,10 +297,10 @@ class ModelField:
         model, batch = self.model, x.shape[0]
         if model.raw == "edm":
             x = x * _per_sample(raw_mix(model.path, t, model.raw, model.sigma_data)[0], x)
-        _, dtype = model.device_dtype()
-        time = _times(model.clock(t), batch, x)
+        weight = model.weight()
+        asked = x if weight is None else x.to(weight.dtype)
+        time = _times(model.clock(t), batch, asked)
         kwargs = _expand(condition, batch, x.device)
-        asked = x.to(dtype)
         step = model.max_batch or batch
         pieces = [
             _checked(
@@ -318,7 +322,8 @@ class ModelField:
             leaf = x.detach().requires_grad_(True)
             logp = self.classifier(leaf, _times(t, x.shape[0], x))
             (gradient,) = torch.autograd.grad(logp.sum(), leaf)
-        p, _ = self.model.path.mix(t, "score", self.model.predicts)
+        # score = -noise / sigma; unlike the score's, the weight of the noise is finite at clean data
+        p = -self.model.path.coefficients(t).sigma * self.model.path.mix(t, "noise", self.model.predicts)[0]
         if self.model.raw != "plain":
             p = p / raw_mix(self.model.path, t, self.model.raw, self.model.sigma_data)[1]
         return self.classifier_scale * _per_sample(p, x) * gradient
@@ -349,6 +354,9 @@ def _expand(condition: Condition, batch: int, device: torch.device) -> dict[str,
 def _stack(null: Condition, given: Condition) -> dict[str, Any]:
     if null.keys() != given.keys():
         raise FieldError(f"null and condition must have the same keys, got {sorted(null)} and {sorted(given)}")
+    for key, value in given.items():
+        if not (isinstance(value, Tensor) and value.ndim) and not (value is null[key] or str(value) == str(null[key])):
+            raise FieldError(f'null and condition differ in "{key}", which has no batch; give it as a tensor, one row per sample')
     return {
         key: torch.cat([null[key], value]) if isinstance(value, Tensor) and value.ndim else value
         for key, value in given.items()

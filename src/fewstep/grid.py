@@ -83,7 +83,8 @@ class TimeGrid:
     @staticmethod
     def karras(n: int, path: AffinePath, rho: float = 7.0) -> "TimeGrid":
         """Steps equal in (sigma / alpha)^(1 / rho) between the path's margins, then one to the data, as the paper has it
-        (Karras et al., 2206.00364, eq. 5)."""
+        (Karras et al., 2206.00364, eq. 5).
+        """
         high, low = (torch.exp(-path.log_snr(t)) ** (1 / rho) for t in (path.margin, 1.0 - path.margin))
         levels = high + (low - high) * (_fractions(n - 1) if n > 1 else _fractions(n)[:1])
         return _between_ends(torch.cat([path.time_of_log_snr(-rho * levels.log()), torch.ones(1, dtype=torch.float64)]))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._types import Field, FewstepError
+from ._types import FewstepError, Field
 from .coordinates import Coordinates
 from .sampler import Provenance, Sampler
 from .trajectory import Reference

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ._tabulate import tabulate
-from ._types import BudgetError, Field, FewstepError
+from ._types import BudgetError, FewstepError, Field
 from .artifact import check_fits
 from .candidates import grids, home
 from .coordinates import Coordinates

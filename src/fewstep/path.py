@@ -285,9 +285,10 @@ class DiscreteVP(AffinePath):
     def __init__(self, alphas_cumprod: Tensor) -> None:
         levels = torch.as_tensor(alphas_cumprod).detach().cpu().to(torch.float64)
         if levels.ndim != 1 or len(levels) < 2 or not bool(((levels > 0) & (levels < 1)).all() and (levels.diff() < 0).all()):
+            ends = f" from {levels.flatten()[0]:g} to {levels.flatten()[-1]:g}" if levels.numel() else ""
             raise ValueError(
                 "alphas_cumprod must be a decreasing vector in (0, 1), such as scheduler.alphas_cumprod; "
-                f"got shape {tuple(levels.shape)} with range [{levels.min():g}, {levels.max():g}]"
+                f"got shape {tuple(levels.shape)}{ends}"
             )
         self.levels = levels
         self.count = len(levels)

@@ -26,6 +26,7 @@ class Stage:
         self._bar, self._task = bar, task
 
     def tick(self) -> None:
+        """One more piece is done."""
         if self._bar is not None:
             self._bar.advance(self._task)  # type: ignore[attr-defined]  # a rich Progress, not imported unless shown
 

@@ -137,7 +137,7 @@ class Adaptive(NamedTuple):
 
 
 def dopri5(field: Field, noise: State, *, tol: float = 1e-3, times: tuple[float, float] = (0.0, 1.0)) -> Adaptive:
-    """torchdiffeq's adaptive Dormand-Prince 5(4) as a baseline: rtol = atol = `tol`; its NFE is what it needed.
+    """Adaptive Dormand-Prince 5(4) of torchdiffeq as a baseline: rtol = atol = `tol`; its NFE is what it needed.
 
     It adapts its steps to the batch, so it is not a table.
     """

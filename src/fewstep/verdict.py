@@ -48,7 +48,7 @@ def _inside(field: Field) -> tuple[Field, CountedField | None]:
 
 
 def adaptive_rows(problem: Problem) -> list[Row]:
-    """torchdiffeq's dopri5 at a few tolerances, with the NFE that it took."""
+    """The adaptive dopri5 of torchdiffeq at a few tolerances, with the NFE that it took."""
     inner, parent = _inside(problem.field)
     rows = []
     for tol in TOLERANCES:

@@ -18,6 +18,9 @@ def ddim(path: AffinePath) -> Method:
 def dpm_single(path: AffinePath, order: int, predicts: Frozen = "data") -> Method:
     """Singlestep DPM-Solver++ (predicts="data") or DPM-Solver (predicts="noise") of order 2 or 3; `order` NFE per step.
 
+    A step into or out of an infinite log-SNR (pure noise on CondOT, clean data everywhere) has its nodes as if it started or
+    ended just inside and loses the order there.
+
     Raises:
         ValueError: order other than 2 or 3, or predicts="velocity".
     """

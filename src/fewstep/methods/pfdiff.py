@@ -38,10 +38,10 @@ def pfdiff(skip: int, ahead: int, base: Method = euler, frozen: Frozen = "veloci
     """
     if not 1 <= ahead <= skip:
         raise ValueError(f"pfdiff needs 1 <= ahead <= skip, got skip={skip}, ahead={ahead}")
+    if base.name not in ("euler", "ddim") and (base.path is None or base.stages == 1):
+        raise ValueError(f"pfdiff's base is euler, ddim(path) or dpm_single(path, order), got {base.name}")
     if base.stages > 1 and base.name != dpm_single(base.path, base.stages, frozen).name:  # type: ignore[arg-type]  # has a path
         raise ValueError(f'{base.name} does not hold "{frozen}"; give frozen="data" for dpmpp and "noise" for dpm bases')
-    if base.name not in ("euler", "ddim") and base.stages == 1:
-        raise ValueError(f"pfdiff's base is euler, ddim(path) or dpm_single(path, order), got {base.name}")
     rule, macro = FrozenStep(base.path, frozen, base.stages), skip + 1
     order = 2 if 2 * ahead == macro and rule.stages == 1 else 1
     suffix = "" if frozen == "velocity" else f"-{frozen}" if rule.stages == 1 else f"-{base.name}"

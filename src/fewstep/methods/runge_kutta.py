@@ -12,7 +12,7 @@ def euler(u, grid, x):
     return x
 
 
-@method(order=2, paper="Runge, 1895", calls=lambda n: 2 * n)
+@method(order=2, paper="Runge, 1895", calls=lambda n: 2 * n, stages=2)
 def midpoint(u, grid, x):
     """Explicit midpoint. 2 NFE per step."""
     for t0, t1 in grid.pairs():
@@ -21,7 +21,7 @@ def midpoint(u, grid, x):
     return x
 
 
-@method(order=2, paper="Heun, 1900", calls=lambda n: 2 * n)
+@method(order=2, paper="Heun, 1900", calls=lambda n: 2 * n, stages=2)
 def heun(u, grid, x):
     """Heun's method, the trapezoid. 2 NFE per step; the last call is at t = 1."""
     for t0, t1 in grid.pairs():
@@ -32,7 +32,7 @@ def heun(u, grid, x):
     return x
 
 
-@method(order=4, paper="Kutta, 1901", calls=lambda n: 4 * n)
+@method(order=4, paper="Kutta, 1901", calls=lambda n: 4 * n, stages=4)
 def rk4(u, grid, x):
     """The classical fourth-order method. 4 NFE per step."""
     for t0, t1 in grid.pairs():

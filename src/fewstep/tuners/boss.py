@@ -15,7 +15,7 @@ from torch import Tensor
 from .._tabulate import tabulate
 from .._types import BudgetError, Field, State
 from ..coordinates import Coordinates
-from ..field import start_scale
+from ..field import CountedField, start_scale
 from ..grid import TimeGrid
 from ..methods import ddim, euler
 from ..sampler import Sampler
@@ -23,8 +23,10 @@ from ..trajectory import Trajectory, record
 
 Cost = Literal["squared", "norm"]
 
+CHUNKS = {"cpu": 1 << 19}
+"""Bytes of velocities taken at once, by device: on a CPU what its cache holds, elsewhere `CHUNK`."""
+
 CHUNK = 1 << 27
-"""Bytes of second differences held at once."""
 
 
 def truncation_errors(trajectory: Trajectory, cost: Cost = "squared") -> np.ndarray:
@@ -58,10 +60,12 @@ def _gram(velocities: Tensor, *, per_sample: bool) -> np.ndarray:
     flat = velocities.reshape(count, batch, -1)
     if not per_sample:
         flat = flat.reshape(count, -1)
-        width = max(1, CHUNK // (count * flat.element_size()))
+        width = max(1, CHUNKS.get(flat.device.type, CHUNK) // (count * flat.element_size()))
         total = torch.zeros(count - 1, count - 1, dtype=torch.float64, device=flat.device)
+        memory = flat.new_empty((count - 1) * width)
         for piece in flat.split(width, dim=1):
-            d = piece[1:] - piece[:-1]
+            d = memory[: (count - 1) * piece.shape[1]].view(count - 1, -1)
+            torch.sub(piece[1:], piece[:-1], out=d)
             total += d @ d.T
         return (total / batch).cpu().numpy()[None]
     step = max(1, CHUNK // (count * flat.shape[2] * flat.element_size()))
@@ -128,7 +132,8 @@ def bellman(
         Schedules for every k that the limits allow; ties take the earlier knot. O(K N^2) time.
 
     Raises:
-        ValueError: NaN among the costs, or a budget that the limits make impossible for every k.
+        ValueError: NaN among the costs, or a fixed knot that does not exist.
+        BudgetError: the limits leave no schedule at all.
     """
     n = len(costs) - 1
     upper = np.triu(np.ones_like(costs, dtype=bool), 1)
@@ -159,7 +164,7 @@ def bellman(
                 knots.append(int(choice[knots[-1]]))
             schedules.knots[k], schedules.costs[k] = np.array(knots[::-1]), float(value[n])
     if not schedules.knots:
-        raise ValueError(f"no schedule of up to {most} steps satisfies min_step, max_step and fixed together")
+        raise BudgetError(f"no schedule of up to {most} steps satisfies min_step, max_step and fixed together")
     return schedules
 
 
@@ -188,6 +193,7 @@ class Boss:
 
         Raises:
             BudgetError: `nfe` is not between 1 and `knots`, or the limits exclude it.
+            FieldError: NaN from the network.
         """
         grid = self.grids(field, noise, (nfe,))[nfe]
         path = Coordinates.of(field).path
@@ -201,7 +207,7 @@ class Boss:
         coordinates = Coordinates.of(field)
         knots = TimeGrid.uniform(self.knots)
         x0 = noise * (start_scale(field) / coordinates.scale(0.0))
-        errors = truncation_errors(record(coordinates.field(field), knots, x0), self.cost)
+        errors = truncation_errors(record(coordinates.field(CountedField(field)), knots, x0), self.cost)
         taus = knots.knots.numpy()
         found = bellman(
             errors, max(budgets), times=taus, min_step=self.min_step, max_step=self.max_step,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._types import BudgetError, Field, FieldError, State
+from ..problem import Problem
 from ..sampler import Sampler
 from ..trajectory import Reference, reference
 from .boss import Boss
@@ -42,22 +43,28 @@ class LeastSquares:
 
         Raises:
             BudgetError: `base` has another NFE.
-            FieldError: too little noise to fit and validate `nfe` + 1 numbers per row.
+            FieldError: `base` combines other predictions than velocities, or too little noise to fit and validate `nfe` + 1 numbers per row.
         """
         start = self.base or Boss()(field, noise, nfe=nfe)
         if start.nfe != nfe:
             raise BudgetError(f"the table to start from makes {start.nfe} calls, the budget is {nfe}")
-        split = noise.shape[0] - max(1, round(self.holdout * noise.shape[0]))
-        if split < 1 or noise[:split].numel() < 4 * (nfe + 1):
+        if start.predicts != "velocity":
             raise FieldError(
-                f"fitting {nfe} calls needs at least two noises and {4 * (nfe + 1)} numbers in all, got shape {tuple(noise.shape)}"
+                f'the fit starts from rows over velocities, this table combines "{start.predicts}" predictions; '
+                "use sampler.rebase(path, 'velocity')"
             )
-        solution = reference(field, noise, tol=self.tol)
-        fitting, held = solution.select(slice(0, split)), solution.select(slice(split, None))
-        best, least = start, rmse(start(field, noise[split:]), held.end)
+        problem = Problem(field, noise, reference(field, noise, tol=self.tol))
+        split = problem.each - max(1, round(self.holdout * problem.each))
+        if split < 1 or problem.conditions * noise[:split].numel() < 4 * (nfe + 1):
+            raise FieldError(
+                f"fitting {nfe} calls needs at least two noises per condition and {4 * (nfe + 1)} numbers in all, "
+                f"got shape {tuple(noise.shape)}"
+            )
+        fitting, held = problem.part(0, split), problem.part(split, problem.each)
+        best, least = start, held.score(start)
         for ridge in self.ridges:
-            candidate, _ = fit(field, noise[:split], fitting, start, ridge=ridge)
-            error = rmse(candidate(field, noise[split:]), held.end)
+            candidate, _ = fit(fitting.field, fitting.noise, fitting.solution, start, ridge=ridge)
+            error = held.score(candidate)
             if error < least:
                 best, least = candidate, error
         return best
@@ -96,7 +103,7 @@ def fit(field: Field, noise: State, solution: Reference, start: Sampler, *, ridg
                 residual = float(w @ gram[used, used] @ w - 2 * w @ moments + square)
                 error = (max(residual, 0.0) / target.numel()) ** 0.5
     method = f"fit({start.provenance.method})" if not start.provenance.method.startswith("fit(") else start.provenance.method
-    provenance = replace(start.provenance, method=method)
+    provenance = replace(start.provenance, method=method, measured={})
     return Sampler(start.times, table[:, 0], table[:, 1:], "velocity", start.clock, provenance), error
 
 

@@ -1,0 +1,121 @@
+"""End-point error against NFE: every method, every stock scheduler, dopri5 and the tuned samplers, on the same noise.
+
+    python benchmarks/work_precision.py [--problems digits,ring,spectrum] [--seeds 0,1,2]
+
+Problems: closed-form mixture flows in 2 and 64 dimensions, and the bundled digits model. Stock schedulers run as shipped and
+with the corrected grid (shift applied once, no wasted last call); claims are against the best of them all at that NFE. Tuning
+noise, selection noise and test noise are three different sets; the figures are of the test noise.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from fewstep import Model, compare, load, tabulate, tune
+from fewstep._errors import BudgetError
+from fewstep.candidates import candidates
+from fewstep.climb import draw
+from fewstep.grid import TimeGrid
+from fewstep.methods import registry
+from fewstep.trajectory import reference
+from fewstep.zoo.mixtures import ring, spectrum
+
+PROBLEMS = {"digits": lambda: load("digits"), "ring": ring, "spectrum": spectrum}
+BUDGETS = (4, 5, 6, 7, 8, 9, 10)
+NOISES = 256
+
+
+def untuned(model: Model, seed: int) -> list[dict]:
+    """Every registered method on its uniform grid, every stock scheduler, on the test noise of this seed."""
+    field = model.given(None if model.classes is None else torch.arange(NOISES) % model.classes)
+    assert model.shape is not None
+    noise = draw((NOISES, *model.shape), seed, 2)
+    solution = reference(field, noise)
+    rows = []
+    for nfe in BUDGETS:
+        tables, groups = {}, {}
+        for candidate in candidates(field, nfe, {}):
+            if candidate.group in ("stock", "corrected"):
+                tables[candidate.name], groups[candidate.name] = candidate.sampler, candidate.group
+        for name, method in registry(model.path).items():
+            try:
+                tables[name] = tabulate(method, TimeGrid.uniform(method.intervals(nfe)))
+                groups[name] = "method"
+            except (BudgetError, ValueError):
+                continue  # this method cannot spend exactly this budget, or not on a uniform grid
+        report = compare(tables, field, noise, reference=solution, metrics=("rmse",), groups=groups)
+        rows += [{"name": r.name, "nfe": nfe, "group": r.group, "rmse": r.metrics["rmse"].value} for r in report.rows]
+    return rows
+
+
+def tuned(model: Model, seed: int) -> tuple[list[dict], dict]:
+    """`tune` at both efforts: rows, and the cost of the fit."""
+    rows, cost = [], {}
+    for effort in ("search", "fit"):
+        start = time.perf_counter()
+        result = tune(model, nfe=BUDGETS, effort=effort, noise=NOISES, seed=seed)
+        cost[effort] = {"seconds": time.perf_counter() - start, "network passes": result.report.facts["network passes"]}
+        for row in result.report.rows:
+            if row.group == "tuned":
+                e = row.metrics["rmse"]
+                rows.append({"name": f"tune --effort {effort}", "nfe": row.nfe, "group": "tuned", "rmse": e.value,
+                             "low": e.low, "high": e.high, "made by": row.name})  # fmt: skip
+            elif row.group == "adaptive" and effort == "fit":
+                rows.append({"name": row.name, "nfe": row.nfe, "group": "adaptive", "rmse": row.metrics["rmse"].value})
+    return rows, cost
+
+
+def table(rows: list[dict], seeds: int) -> None:
+    """Medians over seeds; the ratio of the fit to the best stock scheduler last."""
+
+    def of(nfe: int, *groups: str) -> dict[str, float]:
+        names = {r["name"] for r in rows if r["nfe"] == nfe and r["group"] in groups}
+        found = {n: [r["rmse"] for r in rows if r["name"] == n and r["nfe"] == nfe] for n in names}
+        return {n: statistics.median(v) for n, v in found.items() if len(v) == seeds}
+
+    print("| NFE | uniform Euler | best stock, as shipped | best stock, any grid | best untuned method | search | fit | fit / best stock |")
+    print("|---|---|---|---|---|---|---|---|")
+    for nfe in BUDGETS:
+        shipped, stock, methods, best = of(nfe, "stock"), of(nfe, "stock", "corrected"), of(nfe, "method"), of(nfe, "tuned")
+        search, fit = best["tune --effort search"], best["tune --effort fit"]
+        cells = [f"{methods['euler']:.4f}"]
+        for group in (shipped, stock, methods):
+            name = min(group, key=lambda n: group[n])
+            cells.append(f"{group[name]:.4f} ({name})")
+        ratio = fit / min(stock.values())
+        print(f"| {nfe} | {' | '.join(cells)} | {search:.4f} | **{fit:.4f}** | **{ratio:.2f}** |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", default=",".join(PROBLEMS))
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "work_precision.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    seeds = [int(s) for s in args.seeds.split(",")]
+    results = json.loads(args.out.read_text()) if args.out.exists() else {}
+    for problem in args.problems.split(","):
+        model, rows, costs = PROBLEMS[problem](), [], []
+        for seed in seeds:
+            fitted, cost = tuned(model, seed)
+            rows += [{**r, "seed": seed} for r in [*untuned(model, seed), *fitted]]
+            costs.append(cost)
+        print(f"\n{problem}: RMSE per element at the end point, {NOISES} test noises, medians of seeds {args.seeds}\n")
+        table(rows, len(seeds))
+        for effort in costs[0]:
+            spent = [c[effort] for c in costs]
+            print(f"tune --effort {effort}, all {len(BUDGETS)} budgets: {statistics.median(c['seconds'] for c in spent):.0f} s, "
+                  f"{statistics.median(c['network passes'] for c in spent):.3g} network passes")  # fmt: skip
+        results[problem] = {"rows": rows, "costs": costs, "seeds": seeds, "noises": NOISES}
+        args.out.parent.mkdir(exist_ok=True)
+        args.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

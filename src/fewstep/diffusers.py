@@ -1,0 +1,360 @@
+"""diffusers in both directions: its schedulers as tables, and tables as one scheduler for its pipelines.
+
+`from_diffusers` imports a scheduler, `adapt_like` wraps a network the way a scheduler takes it to be, and `TableScheduler`
+replays any table inside any pipeline. Importing this module imports diffusers' scheduler base class.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
+from torch import Tensor
+
+from ._plan import Stepper
+from ._types import ArtifactError, BudgetError
+from ._unit_vectors import convention
+from ._unit_vectors import from_diffusers as from_diffusers
+from .artifact import SAMPLER, SCHEDULER, path_from_repr, read_sampler, scheduler_config
+from .field import Call, Model, adapt
+from .path import AffinePath, raw_mix
+from .sampler import Sampler
+
+NEAR = 1e-3
+"""Two timesteps of a table are the same if they differ by less than this, relative to max(1, timestep)."""
+
+
+class TableScheduler(SchedulerMixin, ConfigMixin):
+    """A diffusers scheduler that replays a table of numbers, in any pipeline.
+
+    The table is over the network's bare outputs, as the pipeline hands them to `step`; its timesteps are what the pipeline
+    hands to the network. The schedule is part of the table: `sigmas`, `mu` and `timesteps` that pipelines pass to
+    `set_timesteps` by default are counted and otherwise ignored. States are kept in at least float32 between the steps,
+    whatever the pipeline computes in. Make one with `from_sampler` or `from_pretrained`.
+
+    Args:
+        times: (n,) on fewstep's clock, 0 = noise, 1 = data; `sigmas` is 1 - times and a final 0.
+        timesteps: (n,) handed to the network.
+        a: (n + 1,) weights of the noise.
+        b: (n + 1, n) weights of the outputs.
+        num_train_timesteps: what ``len(scheduler)`` returns.
+        levels: (n, 2) data and noise weights of the network's input at every call, for `add_noise` and `scale_noise`.
+        use_flow_sigmas: makes the Flux pipelines leave the schedule to the scheduler.
+
+    Raises:
+        ValueError: the numbers are missing or are not a table.
+    """
+
+    _compatibles = []  # noqa: RUF012 (the name and the type are diffusers')
+    order = 1
+
+    @register_to_config
+    def __init__(
+        self,
+        times: list[float] | None = None,
+        timesteps: list[float] | None = None,
+        a: list[float] | None = None,
+        b: list[list[float]] | None = None,
+        num_train_timesteps: int = 1000,
+        levels: list[list[float]] | None = None,
+        use_flow_sigmas: bool = True,
+    ) -> None:
+        if times is None or timesteps is None or a is None or b is None:
+            raise ValueError(
+                "TableScheduler needs a table: use TableScheduler.from_sampler(sampler) or "
+                "TableScheduler.from_pretrained(directory of Sampler.save)"
+            )
+        if not a or a[0] == 0.0:
+            raise ValueError("a pipeline starts at scheduler.init_noise_sigma = a[0] times noise; a[0] must not be 0")
+        start = torch.as_tensor(a, dtype=torch.float64)
+        # Over the state at which the pipeline starts, rather than over standard normal noise.
+        self._table = Sampler(times, start / start[0], b, clock=timesteps)  # type: ignore[arg-type]  # converts lists
+        if levels is not None and (len(levels) != self._table.nfe or any(len(pair) != 2 for pair in levels)):
+            raise ValueError(f"levels must hold one [alpha, sigma] per call, {self._table.nfe} in all, got {len(levels)}")
+        self._clock: list[float] = [float(t) for t in timesteps]
+        self._levels = None if levels is None else torch.as_tensor(levels, dtype=torch.float64)
+        self.init_noise_sigma = float(a[0])
+        self.sigmas = torch.cat([1.0 - self._table.times, torch.zeros(1)]).float()
+        self._reset(None, None)
+
+    @classmethod
+    def from_sampler(
+        cls, sampler: Sampler, *, path: AffinePath | None = None, sigma_data: float = 0.5, num_train_timesteps: int = 1000
+    ) -> "TableScheduler":
+        """The scheduler that gives a pipeline the images of `sampler`, to float32 rounding.
+
+        Args:
+            sampler: `sampler.provenance.raw` says what the pipeline's network returns, `sampler.clock` what it is handed.
+            path: the path of that network. Default: rebuilt from `sampler.provenance.path`, which cannot be done for
+                `DiscreteVP`; needed for raw="v_prediction" and "edm", and for `add_noise` and `scale_noise`.
+            sigma_data: of the preconditioning that raw="edm" stands for.
+            num_train_timesteps: what ``len(scheduler)`` returns.
+
+        Raises:
+            ValueError: the table over bare outputs needs the path and it is not known, or is not finite.
+        """
+        config = scheduler_config(sampler, path=path, sigma_data=sigma_data)
+        if config is None:
+            raise ValueError(
+                f'no finite table over "{sampler.provenance.raw}" outputs can be made on path '
+                f"{sampler.provenance.path or 'unknown'}; give the network's path: from_sampler(sampler, path=...)"
+            )
+        table = {key: config[key] for key in ("times", "timesteps", "a", "b")}
+        return cls(**table, num_train_timesteps=num_train_timesteps, levels=_levels(sampler, path, sigma_data))
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # diffusers' own signature, less what does not concern a folder
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        subfolder: str | None = None,
+        return_unused_kwargs: bool = False,
+        **kwargs: Any,  # diffusers' loader passes its hub options along
+    ) -> Any:
+        """Load what `Sampler.save` or ``pipeline.save_pretrained`` wrote.
+
+        Raises:
+            ArtifactError: a sampler directory that was edited, or that holds no table over bare outputs.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / SAMPLER).is_file():
+            sampler = read_sampler(folder)
+            if not (folder / SCHEDULER).is_file():
+                raise ArtifactError(
+                    f"{folder} has no {SCHEDULER}: its table over bare outputs needs the network's path; use "
+                    "TableScheduler.from_sampler(Sampler.load(directory), path=...)"
+                )
+            kwargs = {"levels": _levels(sampler, None, 0.5), **kwargs}
+        return super().from_pretrained(
+            str(pretrained_model_name_or_path), subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
+        )
+
+    @property
+    def step_index(self) -> int | None:
+        """Index of the next call; None before the first step."""
+        return self._step_index
+
+    @property
+    def begin_index(self) -> int | None:
+        """Index of the first call, where a pipeline has set it."""
+        return self._begin_index
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Start at this call (image-to-image pipelines)."""
+        self._begin_index = begin_index
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: str | torch.device | None = None,
+        sigmas: Sequence[float] | Tensor | None = None,
+        mu: float | None = None,
+        timesteps: Sequence[float] | Tensor | None = None,
+    ) -> None:
+        """Get ready for a run; everything that an earlier run left is forgotten.
+
+        Args:
+            num_inference_steps: must be the table's number of calls, if given.
+            device: where `timesteps` shall be; `sigmas` stay on the CPU.
+            sigmas: the pipeline's own schedule: must have the table's length, values are ignored.
+            mu: ignored: a resolution-dependent shift would be another table.
+            timesteps: as for `sigmas`.
+
+        Raises:
+            BudgetError: another number of steps than the table has.
+        """
+        n = self._table.nfe
+        counts = {"num_inference_steps": num_inference_steps}
+        counts |= {name: len(value) for name, value in (("sigmas", sigmas), ("timesteps", timesteps)) if value is not None}
+        for name, count in counts.items():
+            if count is not None and count != n:
+                raise BudgetError(
+                    f"this table makes exactly {n} network calls, got {count} {name}; call the pipeline with "
+                    f"num_inference_steps={n}, or load a table for {count}"
+                )
+        self._reset(n, device)
+
+    def _reset(self, steps: int | None, device: str | torch.device | None) -> None:
+        self.num_inference_steps = steps
+        self.timesteps = torch.tensor(self._clock, dtype=torch.float32, device=device)
+        self._step_index: int | None = None
+        self._begin_index: int | None = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._stepper: Stepper | None = None
+        self._returned: Tensor | None = None
+        self._version: int | None = None
+
+    def scale_model_input(self, sample: Tensor, timestep: float | Tensor | None = None) -> Tensor:
+        """The sample: the table's states are what the network sees."""
+        return sample
+
+    def index_for_timestep(self, timestep: float | Tensor) -> int:
+        """The (first) call at this timestep.
+
+        Raises:
+            ValueError: the table has none there.
+        """
+        value = float(timestep)
+        index = min(range(len(self._clock)), key=lambda i: abs(self._clock[i] - value))
+        if abs(self._clock[index] - value) > NEAR * max(1.0, abs(value)):
+            raise ValueError(f"timestep {value:g} is not in this table; its timesteps are {self._clock}")
+        return index
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: float | Tensor,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """Take the network's output at `sample` and return the next state.
+
+        If the pipeline changed the sample since the last step (inpainting, callbacks), in place or not, the table goes on
+        from the changed one. If it starts at a later call (image-to-image), the missing outputs are taken to equal the
+        first one: exact for one-step methods, first order at this step for others.
+
+        Args:
+            model_output: (batch, *shape), the network's bare output.
+            timestep: one of `timesteps`; only looked at in the first step, if no `begin_index` is set.
+            sample: (batch, *shape).
+            generator: unused, tables are deterministic.
+            return_dict: return ``SchedulerOutput(prev_sample)`` rather than a tuple.
+
+        Returns:
+            The next state, in the dtype of `sample`.
+
+        Raises:
+            ValueError: before `set_timesteps`, after the last step, or at a timestep that is not the table's.
+        """
+        if self.num_inference_steps is None:
+            raise ValueError(f"call set_timesteps({self._table.nfe}) before step")
+        if self._step_index is None:
+            self._step_index = self.index_for_timestep(timestep) if self._begin_index is None else self._begin_index
+        if self._step_index >= self._table.nfe:
+            raise ValueError(f"all {self._table.nfe} steps of this table are done; call set_timesteps for another run")
+        if self._stepper is None:
+            self._stepper = self._start(self._step_index, model_output, sample)
+        else:
+            self._follow(self._stepper, sample)
+        state = self._stepper.advance(model_output)
+        self._step_index += 1
+        # A copy, where the pipeline might otherwise write to one of several tensors that hang together.
+        copy = state.dtype == sample.dtype and not self._stepper.alone
+        result = state.clone() if copy else state.to(sample.dtype)
+        self._returned, self._version = result, _version(result)
+        if self._step_index == self._table.nfe:
+            self._forget()
+        return SchedulerOutput(prev_sample=result) if return_dict else (result,)
+
+    def _start(self, index: int, output: Tensor, sample: Tensor) -> Stepper:
+        state = sample.to(torch.promote_types(sample.dtype, torch.float32), copy=True)
+        if index == 0:
+            return Stepper(self._table.plan, state, reuse=False)
+        weight, output = float(self._table.a[index]), output.to(state.dtype)
+        if weight == 0.0:
+            raise ValueError(f"this table cannot start at call {index}: its state there does not depend on the noise (a = 0)")
+        noise = torch.add(state, output, alpha=-float(self._table.b[index].sum())) / weight
+        stepper = Stepper(self._table.plan, noise, reuse=False)
+        for _ in range(index):
+            stepper.advance(output)
+        stepper.shift(state - stepper.state, self._table.a.tolist())
+        return stepper
+
+    def _follow(self, stepper: Stepper, sample: Tensor) -> None:
+        """Move the stepper to the sample that came back, if it is not what was handed out."""
+        version = _version(sample)
+        if sample is self._returned and version is not None and version == self._version:
+            return
+        state = stepper.state
+        stepper.shift(sample.to(state.dtype) - state.to(sample.dtype).to(state.dtype), self._table.a.tolist())
+
+    def add_noise(self, original_samples: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """The state on the path between data and noise at these timesteps (one, or one per sample).
+
+        Raises:
+            ValueError: the table does not know its path, or has no such timestep.
+        """
+        if self._levels is None:
+            raise ValueError("this table does not know its path; make it with TableScheduler.from_sampler(sampler, path=...)")
+        index = [self.index_for_timestep(t) for t in torch.as_tensor(timesteps).reshape(-1)]
+        levels = self._levels[index].to(original_samples.device, torch.promote_types(original_samples.dtype, torch.float32))
+        alpha, sigma = levels.view(-1, 2, *[1] * (original_samples.ndim - 1)).unbind(1)
+        return (alpha * original_samples + sigma * noise).to(original_samples.dtype)
+
+    def scale_noise(self, sample: Tensor, timestep: float | Tensor, noise: Tensor) -> Tensor:
+        """`add_noise` under the name that flow pipelines use."""
+        return self.add_noise(sample, noise, torch.as_tensor(timestep))
+
+    def __len__(self) -> int:
+        return self.config["num_train_timesteps"]
+
+
+def _version(x: Tensor) -> int | None:
+    """Counts writes to `x`; unknown for tensors of `torch.inference_mode`."""
+    return None if x.is_inference() else x._version
+
+
+def _levels(sampler: Sampler, path: AffinePath | None, sigma_data: float) -> list[list[float]] | None:
+    """Data and noise weights of the network's input at every call; None if the path is not known."""
+    path = path or path_from_repr(sampler.provenance.path)
+    if path is None:
+        return None
+    scale = raw_mix(path, sampler.times, sampler.provenance.raw, sigma_data)[0]
+    alpha, sigma, *_ = path.coefficients(sampler.times)
+    return torch.stack([scale * alpha, scale * sigma], dim=1).tolist()
+
+
+def adapt_like(
+    network: Callable[..., Any],
+    scheduler: Any,
+    *,
+    shape: Sequence[int] | None = None,
+    call: Call | None = None,
+    label_key: str = "class_labels",
+    null_label: int | None = None,
+    classes: int | None = None,
+    max_batch: int | None = None,
+    name: str | None = None,
+) -> Model:
+    """`adapt` a network of a diffusers pipeline; path, prediction, sign and clock are read from the pipeline's scheduler.
+
+    Args:
+        network: e.g. ``pipe.unet`` or ``pipe.transformer``.
+        scheduler: e.g. ``pipe.scheduler``; only its config and `alphas_cumprod` are read.
+        shape: shape of one sample.
+        call: as for `adapt`; needed if the output also holds variances, for instance.
+        label_key: the network's class keyword.
+        null_label: class index that stands for no condition.
+        classes: number of classes.
+        max_batch: evaluate larger batches in pieces of this size.
+        name: what reports call the model.
+
+    Raises:
+        NotLinearError: the scheduler is not for flows, VP diffusion on discrete levels, or EDM.
+
+    Example:
+        >>> from diffusers import FlowMatchEulerDiscreteScheduler
+        >>> model = adapt_like(lambda x, timestep: x * timestep[:, None], FlowMatchEulerDiscreteScheduler())
+        >>> model.given()(torch.ones(1, 1), 0.25)  # asked at 750, and noise - data turned into data - noise
+        tensor([[-750.]])
+    """
+    known = convention(scheduler)
+    return adapt(
+        network,
+        known.path,
+        known.predicts,
+        shape,
+        call,
+        known.clock,
+        raw=known.raw,
+        sigma_data=known.sigma_data,
+        label_key=label_key,
+        null_label=null_label,
+        classes=classes,
+        max_batch=max_batch,
+        name=name,
+    )

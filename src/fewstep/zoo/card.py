@@ -1,0 +1,179 @@
+"""The model card of the digits: measured on the saved model, never typed."""
+
+import io
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .._disk import atomic_write
+from ..field import Model
+from ..grid import TimeGrid
+from ..trajectory import record, reference
+from .checkpoint import WEIGHTS, TrainingRecord, read_config, read_model
+from .train_digits import CLASSES, CURVE, SHAPE, Digits, load_digits
+
+SAMPLES = 2000
+BUDGETS = (4, 6, 8, 10, 20)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the card says of the model.
+
+    Attributes:
+        accuracy: share of samples that a classifier reads as their label, by guidance scale.
+        control: the same classifier's share on real digits that it has not seen.
+        distances: from samples, and from unseen real digits, to the nearest training digit: 5 %, 50 % and 95 % quantiles.
+        copies: share of samples that lie nearer to a training digit than 99 % of the unseen real digits do.
+        nearest_unseen: share of samples whose nearest real digit is an unseen one.
+        share_unseen: share of unseen digits among all: what `nearest_unseen` would be without any learning by heart.
+        euler: RMSE per pixel of Euler on uniform steps against the converged solution, by NFE, for guidance 1 and 2.
+        reference_error: the converged solution's own.
+    """
+
+    accuracy: dict[float, float]
+    control: float
+    distances: dict[str, tuple[float, float, float]]
+    copies: float
+    nearest_unseen: float
+    share_unseen: float
+    euler: dict[float, dict[int, float]]
+    reference_error: float
+
+
+def write_card(directory: Path) -> Measured:
+    """Measure the model in `directory` and write ``README.md``, ``curve.png`` and ``samples.png`` beside it (a minute)."""
+    model, digits = read_model(directory), load_digits()
+    labels = torch.arange(SAMPLES) % CLASSES
+    noise = torch.randn(SAMPLES, *SHAPE, generator=torch.Generator().manual_seed(2024))
+    solutions = {w: reference(model.given(labels, guidance=w), noise, tol=5e-4) for w in (1.0, 2.0)}
+    samples = {w: solution.end for w, solution in solutions.items()}
+    euler = {w: _euler_errors(model, w, labels, noise, end) for w, end in samples.items()}
+    accuracy, control = _readability(samples, labels, digits)
+    to_seen, control_to_seen = (_nearest(x, digits.images) for x in (samples[1.0], digits.held_images))
+    everything = torch.cat([digits.images, digits.held_images])
+    measured = Measured(
+        accuracy,
+        control,
+        {"samples": _quantiles(to_seen), "unseen real digits": _quantiles(control_to_seen)},
+        float((to_seen < control_to_seen.quantile(0.01)).double().mean()),
+        float((_distances(samples[1.0], everything).argmin(1) >= len(digits.images)).double().mean()),
+        len(digits.held_images) / len(everything),
+        euler,
+        max(solution.error for solution in solutions.values()),
+    )
+    training = read_config(directory).training
+    assert training is not None, "train_digits records how it trained"
+    atomic_write(directory / "samples.png", _samples_picture(samples, labels))
+    atomic_write(directory / "curve.png", _curve_picture(json.loads((directory / CURVE).read_text())))
+    atomic_write(directory / "README.md", _text(model, training, measured, digits, (directory / WEIGHTS).stat().st_size))
+    return measured
+
+
+def _euler_errors(model: Model, guidance: float, labels: Tensor, noise: Tensor, end: Tensor) -> dict[int, float]:
+    field = model.given(labels, guidance=guidance)
+    ends = {n: record(field, TimeGrid.uniform(n), noise).states[-1] for n in BUDGETS}
+    return {n: float((x - end).double().square().mean().sqrt()) for n, x in ends.items()}
+
+
+def _readability(samples: dict[float, Tensor], labels: Tensor, digits: Digits) -> tuple[dict[float, float], float]:
+    from sklearn.svm import SVC
+
+    everything = torch.cat([digits.images, digits.held_images]), torch.cat([digits.labels, digits.held_labels])
+    judge = SVC(C=10).fit(everything[0].flatten(1).numpy(), everything[1].numpy())
+    rival = SVC(C=10).fit(digits.images.flatten(1).numpy(), digits.labels.numpy())
+    accuracy = {w: float(judge.score(x.clamp(-1, 1).flatten(1).numpy(), labels.numpy())) for w, x in samples.items()}
+    return accuracy, float(rival.score(digits.held_images.flatten(1).numpy(), digits.held_labels.numpy()))
+
+
+def _distances(x: Tensor, y: Tensor) -> Tensor:
+    """Root mean square differences per pixel, (len(x), len(y))."""
+    return torch.cdist(x.flatten(1).double(), y.flatten(1).double()) / x[0].numel() ** 0.5
+
+
+def _nearest(x: Tensor, y: Tensor) -> Tensor:
+    return _distances(x, y).amin(1)
+
+
+def _quantiles(values: Tensor) -> tuple[float, float, float]:
+    low, middle, high = torch.quantile(values, torch.tensor([0.05, 0.5, 0.95], dtype=values.dtype)).tolist()
+    return low, middle, high
+
+
+def _samples_picture(samples: dict[float, Tensor], labels: Tensor) -> bytes:
+    """Ten samples of each class, a row per class, for each guidance scale side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 4.3), layout="constrained")
+    for axes, (w, x) in zip(figure.subplots(1, len(samples)), samples.items(), strict=True):
+        rows = torch.stack([x[labels == label][:10, 0] for label in range(CLASSES)])  # (class, sample, 8, 8)
+        framed = torch.nn.functional.pad(rows, (1, 1, 1, 1), value=-1.0)
+        axes.imshow(framed.permute(0, 2, 1, 3).reshape(CLASSES * 10, -1), cmap="gray", vmin=-1, vmax=1)
+        axes.set_title(f"guidance {w:g}")
+        axes.set_axis_off()
+    return _png(figure)
+
+
+def _curve_picture(curve: list[dict[str, float]]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name, words in (("batches", "batches (dropout on)"), ("seen", "seen digits"), ("unseen", "digits kept aside")):
+        axes.plot([p["step"] for p in curve], [p[name] for p in curve], label=words)
+    axes.set(xlabel="step", ylabel="mean squared velocity error", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    return _png(figure)
+
+
+def _png(figure) -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    return file.getvalue()
+
+
+def _text(model: Model, training: TrainingRecord, m: Measured, digits: Digits, size: int) -> str:
+    facts = training.model_dump() | {
+        "recipe": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in training.recipe.items()).capitalize(),
+        "versions": ", ".join(f"{name} {value}" for name, value in training.versions.items()),
+        "cpu_minutes": training.cpu_hours * 60,
+        "minutes": training.hours * 60,
+        **{f"loss_{name}": value for name, value in training.losses.items()},
+    }
+    return (
+        (Path(__file__).parent / "card_template.md")
+        .read_text()
+        .format(
+            **facts,
+            path=repr(model.path),
+            predicts=model.predicts,
+            shape=model.shape,
+            null_label=model.null_label,
+            parameters=model.parameters(),
+            megabytes=size / 1e6,
+            pixels=math.prod(SHAPE),
+            seen=len(digits.images),
+            unseen=len(digits.held_images),
+            drawn=SAMPLES,
+            accuracy_1=m.accuracy[1.0],
+            accuracy_2=m.accuracy[2.0],
+            control=m.control,
+            reference_error=m.reference_error,
+            euler=_table(["NFE", *BUDGETS], [[f"guidance {w:g}", *errors.values()] for w, errors in m.euler.items()]),
+            distances=_table(["from", "5 %", "median", "95 %"], [[name, *values] for name, values in m.distances.items()]),
+            copies=m.copies,
+            nearest_unseen=m.nearest_unseen,
+            share_unseen=m.share_unseen,
+        )
+    )
+
+
+def _table(head: list[str | int], rows: list[list[str | float]]) -> str:
+    cells = [[str(value) for value in head], ["---"] * len(head)]
+    cells += [[value if isinstance(value, str) else f"{value:.3f}" for value in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in cells)

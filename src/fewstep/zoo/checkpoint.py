@@ -1,0 +1,275 @@
+"""A model as a directory: ``model.safetensors`` (weights) and ``config.json`` (everything else), numbers and never code.
+
+``config.json`` names the SHA-256 of the weights that belong to it: a folder that was saved half-way or edited is refused.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from .. import __version__
+from .._disk import disk_errors, refusal, short, staged
+from .._types import Prediction
+from ..artifact import _first, _Strict, path_from_repr
+from ..field import Model, adapt
+from .network import ResidualMLP
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+SCHEMA_VERSION = 1
+SIZE_LIMIT = {CONFIG: 2**20, WEIGHTS: 2**31}
+"""Bytes; what a small bundled model stays far below."""
+
+_AGAIN = "save the model again with fewstep.zoo.save_model"
+_Size = Annotated[int, Field(ge=1, le=2**20)]
+_Count = Annotated[int, Field(ge=0, lt=2**63)]
+
+
+class TrainingRecord(_Strict):
+    """How the weights came about.
+
+    Attributes:
+        command: what to run for the same weights.
+        data: what they were trained on.
+        recipe: its settings.
+        seed: of everything random.
+        steps: optimiser steps.
+        samples: training samples seen, repeats counted.
+        network_passes: forward passes of one sample, a forward and backward pass counted as three: the unit in which
+            `fewstep tune` states its own cost.
+        hours: wall-clock time, over all parts of an interrupted run.
+        cpu_hours: processor time of the same, which does not depend on what else the machine did.
+        losses: final losses by name.
+        versions: of the packages that decide the numbers.
+    """
+
+    command: str
+    data: str
+    recipe: dict[str, int | float | str]
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    steps: _Count
+    samples: _Count
+    network_passes: _Count
+    hours: Annotated[float, Field(ge=0)]
+    cpu_hours: Annotated[float, Field(ge=0)]
+    losses: dict[str, float]
+    versions: dict[str, str]
+
+
+class NetworkConfig(_Strict):
+    """Arguments of `ResidualMLP` beyond shape and classes."""
+
+    width: Annotated[int, Field(ge=1, le=2**14)]
+    blocks: Annotated[int, Field(ge=0, le=256)]
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class ModelConfig(_Strict):
+    """``config.json``."""
+
+    schema_version: Literal[1]
+    kind: Literal["residual-mlp"]
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    network: NetworkConfig
+    path: str
+    predicts: Prediction
+    shape: Annotated[list[_Size], Field(min_length=1, max_length=8)]
+    classes: Annotated[int, Field(ge=1, le=2**20)] | None
+    null_label: Annotated[int, Field(ge=0, le=2**20)] | None
+    data_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None
+    weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    training: TrainingRecord | None
+
+
+def save_model(
+    model: Model,
+    directory: str | Path,
+    *,
+    data_range: tuple[float, float] | None = None,
+    training: TrainingRecord | None = None,
+) -> Path:
+    """Save a model whose network is a `ResidualMLP`, so that ``load(directory)`` gives it back bit for bit.
+
+    Args:
+        model: from ``adapt(network, ...)``, asked as it stands: no raw convention, no clock or call of its own.
+        directory: made if it is missing.
+        data_range: what values the data take.
+        training: how the weights came about.
+
+    Returns:
+        The directory.
+
+    Raises:
+        ArtifactError: another network, a convention or path that the format cannot hold, weights that are not finite, or a
+            folder that cannot be written.
+    """
+    folder = Path(directory)
+    network = _storable(model)
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    if (bad := _not_finite(tensors)) is not None:
+        raise refusal(f"cannot save {model.name}: its weight {bad} holds NaN or infinity; go back to the last good checkpoint")
+    weights = save_tensors(tensors)
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "residual-mlp",
+        "name": model.name,
+        "network": network.config,
+        "path": repr(model.path),
+        "predicts": model.predicts,
+        "shape": list(network.shape),
+        "classes": network.classes or None,
+        "null_label": model.null_label,
+        "data_range": None if data_range is None else [float(v) for v in data_range],
+        "weights_sha256": hashlib.sha256(weights).hexdigest(),
+        "training": training,
+    }
+    try:
+        config = ModelConfig.model_validate(content).model_dump_json(indent=2) + "\n"
+    except ValidationError as error:
+        raise refusal(f"cannot save {model.name}: {_first(error)}; correct it and save again") from error
+    with disk_errors(folder), ExitStack() as stack:
+        folder.mkdir(parents=True, exist_ok=True)
+        new_weights = stack.enter_context(staged(folder / WEIGHTS, weights))
+        new_config = stack.enter_context(staged(folder / CONFIG, config.encode()))
+        os.replace(new_weights, folder / WEIGHTS)
+        os.replace(new_config, folder / CONFIG)
+    return folder
+
+
+def read_model(directory: str | Path) -> Model:
+    """The model that `save_model` wrote: in eval mode, on the CPU, no gradients to its weights.
+
+    Raises:
+        ArtifactError: anything that is not sound, in one line that names the file and the remedy.
+    """
+    folder = Path(directory)
+    config = read_config(folder)
+    path = path_from_repr(config.path)
+    if path is None:
+        raise refusal(
+            f"{folder / CONFIG}: path must be CondOT(), Cosine(), VP(...), VE(...) or EDM(...), got {short(config.path)}"
+        )
+    if config.null_label not in (None, config.classes):
+        raise refusal(f"{folder / CONFIG}: null_label must be {config.classes} or null, got {config.null_label}; {_AGAIN}")
+    weights = _read(folder / WEIGHTS)
+    actual = hashlib.sha256(weights).hexdigest()
+    if actual != config.weights_sha256:
+        raise refusal(
+            f"{folder / WEIGHTS} was edited, cut off or belongs to another {CONFIG}: expected SHA-256 "
+            f"{config.weights_sha256[:12]}, got {actual[:12]}; {_AGAIN}"
+        )
+    network = _network(config, _tensors(folder / WEIGHTS, weights), folder / WEIGHTS)
+    return adapt(
+        network,
+        path=path,
+        predicts=config.predicts,
+        shape=config.shape,
+        null_label=config.null_label,
+        classes=config.classes,
+        name=config.name,
+    )
+
+
+def read_config(directory: str | Path) -> ModelConfig:
+    """The validated ``config.json`` of a model directory.
+
+    Raises:
+        ArtifactError: there is none, or it is not what fewstep wrote.
+    """
+    file = Path(directory) / CONFIG
+    data = _read(file)
+    try:
+        content = json.loads(data.decode())
+    except (ValueError, RecursionError) as error:
+        raise refusal(f"{file} is not the JSON that fewstep wrote ({short(error)}): cut off or edited; {_AGAIN}") from error
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if type(version) is not int or version < 1:
+        raise refusal(f"{file} is not a model: it is no JSON object with a schema_version from 1 on; {_AGAIN}")
+    if version > SCHEMA_VERSION:
+        raise refusal(
+            f"{file} has schema version {short(version)}, fewstep {__version__} reads up to {SCHEMA_VERSION}: "
+            "written by a newer fewstep; upgrade with pip install -U fewstep"
+        )
+    try:
+        return ModelConfig.model_validate(content)
+    except ValidationError as error:
+        raise refusal(f"{file} does not describe a model: {_first(error)}; {_AGAIN}") from error
+
+
+def _storable(model: Model) -> ResidualMLP:
+    """The network, if the format can say everything about how this model asks it."""
+    network = model.network
+    if not isinstance(network, ResidualMLP):
+        raise refusal(
+            f"only models on fewstep.zoo.ResidualMLP are saved as numbers, {model.name} is a {type(network).__name__}; keep it "
+            "in your own format and name a function that builds it: package.module:function"
+        )
+    if model.raw != "plain" or model.label_key != "label" or model.clock(0.25) != 0.25:
+        raise refusal(
+            f'cannot save {model.name}: a directory holds models with raw="plain", label_key="label" and no clock of their own'
+        )
+    if path_from_repr(repr(model.path)) != model.path:
+        raise refusal(
+            f"cannot save {model.name}: a directory holds models on CondOT, Cosine, VP, VE or EDM, not {model.path!r}"
+        )
+    if model.shape not in (None, network.shape) or model.classes not in (None, network.classes or None):
+        raise refusal(
+            f"cannot save {model.name}: the network has shape {network.shape} and {network.classes} classes, "
+            f"the model says {model.shape} and {model.classes}"
+        )
+    return network
+
+
+def _network(config: ModelConfig, tensors: Mapping[str, Tensor], file: Path) -> ResidualMLP:
+    with torch.device("meta"):  # names and shapes without memory, so that a wrong file is refused before any is taken
+        network = ResidualMLP(tuple(config.shape), config.classes or 0, **config.network.model_dump())
+    expected = network.state_dict()
+    if expected.keys() != tensors.keys():
+        missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+        raise refusal(f"{file} does not hold this network: missing {short(missing)}, not asked for {short(extra)}; {_AGAIN}")
+    for name, value in tensors.items():
+        if value.shape != expected[name].shape or value.dtype != torch.float32:
+            raise refusal(
+                f"{file}: {name} must be float32 of shape {tuple(expected[name].shape)}, "
+                f"got {value.dtype} of shape {tuple(value.shape)}; {_AGAIN}"
+            )
+    if (bad := _not_finite(tensors)) is not None:
+        raise refusal(f"{file}: weight {bad} holds NaN or infinity; {_AGAIN}")
+    # Copied, not assigned: a tensor inside the file's bytes can lie at an odd address, which costs speed and exact repetition.
+    network = network.to_empty(device="cpu")
+    network.load_state_dict(tensors)
+    return network.eval().requires_grad_(False)
+
+
+def _tensors(file: Path, data: bytes) -> dict[str, Tensor]:
+    try:
+        return load_tensors(data)
+    except (SafetensorError, ValueError, KeyError, AttributeError) as error:
+        raise refusal(f"{file} is not a safetensors file ({short(error)}); {_AGAIN}") from error
+
+
+def _read(file: Path) -> bytes:
+    limit = SIZE_LIMIT[file.name]
+    try:
+        if not file.is_file():  # a pipe or device could block for ever
+            raise refusal(f"expected a model folder with the file {file}, but it is missing; pass a folder that fewstep saved")
+        if file.stat().st_size > limit:
+            raise refusal(f"{file} has more than {limit} bytes, no model that fewstep saved is that large; {_AGAIN}")
+        return file.read_bytes()
+    except (OSError, ValueError) as error:
+        raise refusal(f"cannot read {file}: {short(error)}; check its name and permissions") from error
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    return next((name for name, value in tensors.items() if not bool(torch.isfinite(value).all())), None)

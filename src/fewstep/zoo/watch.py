@@ -1,0 +1,60 @@
+"""What a person sees of a training run, and how one stops it."""
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from .run_state import Run
+
+
+@contextmanager
+def interrupted() -> Iterator[Callable[[], bool]]:
+    """Says whether Ctrl-C or a termination signal has come; a second one takes effect at once."""
+    came: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield lambda: False
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, frame: object) -> None:
+        came.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def shown(run: Run, steps: int, every: int) -> Iterator[Callable[[], None]]:
+    """Progress on stderr with rate and time left: a bar on a terminal, a line for every point of the curve elsewhere."""
+    first, start = run.step, time.perf_counter()
+
+    def words() -> str:
+        rate = (run.step - first) / max(time.perf_counter() - start, 1e-9)
+        point = run.curve[-1] if run.curve else {"seen": math.nan, "unseen": math.nan}
+        left = int((steps - run.step) / rate) if rate else 0
+        return f"loss {point['seen']:.4f}, unseen {point['unseen']:.4f}  {rate:5.1f} steps/s  {left // 60}:{left % 60:02d} left"
+
+    def line() -> None:
+        if run.step % every == 0 or run.step == steps:
+            print(f"step {run.step:>6}/{steps}  {words()}", file=sys.stderr, flush=True)
+
+    if not sys.stderr.isatty():
+        yield line
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(words(), total=steps, completed=first)
+        yield lambda: bar.update(task, completed=run.step, description=words())
