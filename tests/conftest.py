@@ -9,7 +9,7 @@ os.environ["MPLBACKEND"] = "Agg"
 
 from jaxtyping import install_import_hook
 
-install_import_hook("fewstep", "beartype.beartype")
+install_import_hook("fewstep", "typechecker.check")
 
 import hypothesis
 import jaxtyping

@@ -4,6 +4,7 @@ import copy
 import errno
 import hashlib
 import json
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -132,7 +133,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes, dict[s
 def test_load_is_bit_equal(folder, numbers, provenance):
     sampler = Sampler(**numbers, provenance=Provenance(**provenance))
     assert sampler.save(folder) == folder
-    assert bits(Sampler.load(folder)) == bits(sampler)
+    loaded = Sampler.load(folder)
+    assert bits(loaded) == bits(sampler)
+    assert all(math.isfinite(term.coefficient) for row in loaded.plan.rows for term in row)  # though sums may overflow
     assert {file.name for file in folder.iterdir()} <= {SAMPLER, SCHEDULER}
 
 

@@ -43,7 +43,10 @@ class Plan:
         held: set[tuple[str, int]] = {("x", -1)}
         most = 1
         for i, drops in enumerate(self.drops):
-            held |= {("x", i)} | ({("u", i - 1)} if i else set())
+            if self.rows[i] != (Term(1.0, "x", -1),):  # else this state is the noise itself
+                held.add(("x", i))
+            if i:
+                held.add(("u", i - 1))
             most = max(most, len(held))
             held -= set(drops)
         return most
@@ -66,17 +69,24 @@ def make_plan(a: np.ndarray, b: np.ndarray) -> Plan:
 def _sparsest(full: np.ndarray, i: int) -> tuple[Term, ...]:
     target = full[i]
     best = _terms([(target[0], "x", -1), *((target[1 + j], "u", j) for j in range(i))])
+    if i == 1:  # the first state is the noise
+        return best
     for states in range(1, min(i, 3) + 1):
         # More outputs leave fewer equations: what fails with the most of them fails with fewer, too.
-        most = min(i, 4, len(best) - 1 - states)
+        most = min(i, 4, len(best) - states)
         if most < 1 or _recurrence(full, i, states, most) is None:
             continue
         for outputs in range(1, most + 1):
             found = _recurrence(full, i, states, outputs)
             if found is not None:
-                best = min(best, found, key=len)
+                best = min(best, found, key=_cost)
                 break
     return best
+
+
+def _cost(terms: tuple[Term, ...]) -> tuple[int, bool]:
+    """Fewest terms; among as many, first those that only add to a state: they let go of the noise."""
+    return len(terms), not any(t.coefficient == 1.0 and t.kind == "x" and t.index >= 0 for t in terms)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # overflow is caught below; the row as it stands is then used
@@ -94,6 +104,7 @@ def _recurrence(full: np.ndarray, i: int, states: int, outputs: int) -> tuple[Te
     if max(np.abs(weights).max(), np.abs(rest[old : 1 + i]).max()) > LARGEST * max(scale, 1.0):
         return None
     weights[np.abs(weights - 1.0) < EXACT] = 1.0
+    weights[np.abs(weights) * np.abs(previous).max(axis=1) < EXACT * scale] = 0.0
     rest[np.abs(rest) < EXACT * scale] = 0.0
     return _terms(
         [

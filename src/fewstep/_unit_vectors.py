@@ -9,7 +9,9 @@ attributes.
 import copy
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,29 +165,45 @@ def prepared(
     for key in (*given, *shift):
         if key not in taken:
             raise ValueError(f"{name}.set_timesteps takes no {key}; it takes {', '.join(taken)}")
-    if given:
+    if not given:
+        return _searched(ready, nfe, shift)
+    with _quiet():
         ready.set_timesteps(**given, **shift)
-        if len(ready.timesteps) != nfe:
-            raise BudgetError(f"{name} makes {len(ready.timesteps)} network calls on the given {' and '.join(given)}, not {nfe}")
-        return ready
-    calls: set[int] = set()
+    if len(ready.timesteps) != nfe:
+        raise BudgetError(f"{name} makes {len(ready.timesteps)} network calls on the given {' and '.join(given)}, not {nfe}")
+    return ready
+
+
+def _searched(ready: Any, nfe: int, shift: Mapping[str, float]) -> Any:
+    """Set the number of inference steps that costs `nfe` network calls."""
+    calls: list[int] = []
     failure: Exception | None = None
     for steps in range(nfe, 0, -1):  # no scheduler makes fewer calls than steps
         try:
-            ready.set_timesteps(steps, **shift)
-        except (ValueError, IndexError, ZeroDivisionError) as error:  # too few steps for this scheduler
-            failure = error
+            with _quiet():
+                ready.set_timesteps(steps, **shift)
+        except Exception as error:  # foreign code; some cannot take so few steps
+            failure = failure or error
             continue
-        if len(ready.timesteps) == nfe:
+        calls.append(len(ready.timesteps))
+        if calls[-1] == nfe:
             return ready
-        calls.add(len(ready.timesteps))
-        if len(ready.timesteps) < nfe:
+        if calls[-1] < nfe:
             break
-    if failure is not None and not calls:
-        raise failure
+    name = type(ready).__name__
+    if not calls:
+        raise ValueError(f"{name}.set_timesteps({nfe}) fails: {type(failure).__name__}: {failure}") from failure
     below, above = max((c for c in calls if c < nfe), default=None), min((c for c in calls if c > nfe), default=None)
     nearest = " and ".join(str(c) for c in (below, above) if c is not None)
-    raise BudgetError(f"{name} cannot make exactly {nfe} network calls; the nearest numbers are {nearest}")
+    raise BudgetError(f"{name} cannot make exactly {nfe} network calls; it can make {nearest}")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """diffusers hands tensors to numpy in a way that numpy 2 announces to drop."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
+        yield
 
 
 def _numbers(values: Sequence[float], name: str) -> Any:
@@ -194,23 +212,21 @@ def _numbers(values: Sequence[float], name: str) -> Any:
     return torch.from_numpy(array) if name.startswith("EDM") else array
 
 
-def as_table(ready: Any, known: Convention) -> Sampler:
-    """The table of a scheduler on which ``set_timesteps`` has been called; it is used up."""
-    name, again = type(ready).__name__, copy.deepcopy(ready)
+def as_table(ready: Any, known: Convention, method: str = "") -> Sampler:
+    """The table of a scheduler on which ``set_timesteps`` has been called (it is used up); `method` replaces its name."""
+    name = type(ready).__name__
     clock, times = ready.timesteps.detach().cpu().double(), known.times(ready)
     if times[-1] < times[0]:
         raise NotLinearError(f"{name} walks from data to noise; a sampler walks from noise to data: use its forward relative")
-    run = _drive(ready, known, seed=0)
+    run = _drive(ready, known)
     if not bool(torch.isfinite(run.rows).all()):
         call = int((~torch.isfinite(run.rows)).flatten(1).any(1).nonzero()[0])
         raise NotLinearError(
             f"{name} gives NaN or infinity after call {call} of {len(clock)} with these settings; for UniPC use "
             'solver_type="bh2", for others a last sigma above 0'
         )
-    deviation = run.deviation()
-    if not deviation <= TOLERANCE:
-        random = not torch.equal(_drive(again, known, seed=1).rows, run.rows)
-        raise NotLinearError(f"{name} is not a table: {_reason(ready.config, random)}")
+    if run.deviation() > TOLERANCE:
+        raise NotLinearError(f"{name} is not a table: {_reason(ready.config, run.random)}")
     a, b = run.table()
     if known.raw == "negated":
         b = -b
@@ -218,7 +234,7 @@ def as_table(ready: Any, known: Convention) -> Sampler:
         _, p, q = raw_mix(known.path, times, known.raw, known.sigma_data)
         a, b = substitute(a, b, p=1 / p, q=-q / p)
     version = getattr(sys.modules.get("diffusers"), "__version__", "unknown")
-    made = Provenance(method=name, path=repr(known.path), raw=known.raw, versions={"diffusers": version})
+    made = Provenance(method=method or name, path=repr(known.path), raw=known.raw, versions={"diffusers": version})
     return Sampler(times, a, b, predicts=known.predicts, clock=clock, provenance=made)
 
 
@@ -240,11 +256,13 @@ class _Run:
         rows: (n + 1, width) the states that are rows of the table.
         outputs: (n, width) the network outputs.
         start: (width,) the noise.
+        random: whether numbers were drawn from torch's generator.
     """
 
     rows: Tensor
     outputs: Tensor
     start: Tensor
+    random: bool
 
     def table(self) -> tuple[Tensor, Tensor]:
         units = self.rows[:, :-PROBES]
@@ -259,7 +277,7 @@ class _Run:
         return float(((self.rows[:, -PROBES:] - expected).abs().amax(1) / scale.clamp(min=1e-30)).max())
 
 
-def _drive(scheduler: Any, known: Convention, seed: int) -> _Run:
+def _drive(scheduler: Any, known: Convention) -> _Run:
     """Run the scheduler as a pipeline does, on unit vectors and probes side by side."""
     _promote(scheduler)
     name, steps = type(scheduler).__name__, scheduler.timesteps
@@ -275,8 +293,9 @@ def _drive(scheduler: Any, known: Convention, seed: int) -> _Run:
         scheduler.set_begin_index(0)
     # A channel per coordinate: what looks at several values at once (a quantile) looks at all of them.
     x = start.view(1, -1, 1, 1) * float(scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else 1.0)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _Doubles():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet(), _Doubles():
+        torch.manual_seed(0)
+        fresh = torch.get_rng_state()
         for k, t in enumerate(steps):
             seen = scale(x, t)
             rows.append((x if known.raw == "edm" else seen).flatten())
@@ -289,7 +308,8 @@ def _drive(scheduler: Any, known: Convention, seed: int) -> _Run:
             except TypeError as error:
                 raise NotLinearError(f"{name}.step needs more than a model output, a timestep and a sample: {error}") from error
         rows.append(x.flatten())
-    return _Run(torch.stack(rows), torch.stack(outputs), start)
+        random = not torch.equal(torch.get_rng_state(), fresh)
+    return _Run(torch.stack(rows), torch.stack(outputs), start, random)
 
 
 def _promote(scheduler: Any) -> None:

@@ -57,6 +57,7 @@ class _Provenance(_Strict):
     path: str
     shape: list[Annotated[int, Field(ge=0, lt=2**63)]] | None
     raw: Raw
+    sigma_data: float
     conditions: list[str]
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None
     versions: dict[str, str]
@@ -77,8 +78,13 @@ class _Document(_Strict):
     checksum: str
 
 
-def write_sampler(sampler: "Sampler", directory: str | Path) -> Path:
+def write_sampler(sampler: "Sampler", directory: str | Path, path: "AffinePath | None" = None) -> Path:
     """Write `sampler` into `directory`, which is made if it is missing; all or nothing.
+
+    Args:
+        sampler: the table.
+        directory: the folder.
+        path: as for `scheduler_config`.
 
     Returns:
         The directory.
@@ -88,7 +94,7 @@ def write_sampler(sampler: "Sampler", directory: str | Path) -> Path:
     """
     folder = Path(directory)
     document = _document(sampler)
-    config = scheduler_config(sampler)
+    config = scheduler_config(sampler, path)
     scheduler = None if config is None else _pretty(config)
     document["scheduler_sha256"] = None if scheduler is None else hashlib.sha256(scheduler).hexdigest()
     table = _pretty(document | {"checksum": _checksum(document)})
@@ -127,14 +133,14 @@ def read_sampler(directory: str | Path) -> "Sampler":
     return sampler
 
 
-def scheduler_config(sampler: "Sampler", path: "AffinePath | None" = None, sigma_data: float = 0.5) -> dict[str, Any] | None:
+def scheduler_config(sampler: "Sampler", path: "AffinePath | None" = None, sigma_data: float | None = None) -> dict[str, Any] | None:
     """The table as a diffusers pipeline needs it: over the bare outputs of the network, at the network's own times.
 
     Args:
         sampler: the table; `Provenance.raw` says what the network's bare output is.
         path: needed for raw="v_prediction" and "edm". Default: rebuilt from `Provenance.path`, which works for CondOT,
             Cosine, VP, VE and EDM.
-        sigma_data: of the preconditioning that raw="edm" stands for.
+        sigma_data: of the preconditioning that raw="edm" stands for; default: `Provenance.sigma_data`.
 
     Returns:
         The content of ``scheduler_config.json``, or None if the path is needed and unknown (`DiscreteVP`, or none was given)
@@ -148,7 +154,7 @@ def scheduler_config(sampler: "Sampler", path: "AffinePath | None" = None, sigma
             if path is None:
                 return None
             sampler = sampler.rebase(path, combines)  # type: ignore[arg-type]  # the values of the dict are predictions
-        a, b = (value.detach() for value in sampler.raw_table(path, raw, sigma_data))
+        a, b = (value.detach() for value in sampler.raw_table(path, raw, sampler.provenance.sigma_data if sigma_data is None else sigma_data))
     except (ValueError, ArithmeticError):
         return None
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):

@@ -3,7 +3,7 @@
 import json as jsonlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -236,7 +236,7 @@ def methods(*, json: bool = False) -> None:
     from .methods import registry
 
     rows = [
-        {"name": m.name, "order": m.order, "nfe per step": _price(m.calls), "paper": m.paper, "path": m.path is not None}
+        {"name": m.name, "order": m.order, "nfe per step": price(m.calls), "paper": m.paper, "path": m.path is not None}
         for m in registry().values()
     ]
     if json:
@@ -251,13 +251,15 @@ def methods(*, json: bool = False) -> None:
     Console().print(table)
 
 
-def _price(calls: Any) -> str:
-    """Field calls as a function of steps n, read off the method."""
-    possible = [n for n in range(1, 13) if calls(n) is not None]
-    per_step = (calls(possible[-1]) - calls(possible[-2])) / (possible[-1] - possible[-2])
-    if per_step >= 1:
-        return f"{per_step:g} per step"
-    return f"1 + (steps - 1) / {1 / per_step:g}"
+def price(calls: Callable[[int], int | None]) -> str:
+    """Field calls as a function of the number of steps, in words."""
+    known = [(n, cost) for n in range(1, 13) if (cost := calls(n)) is not None]
+    (n0, c0), (n1, c1) = known[-2:]
+    slope = (c1 - c0) / (n1 - n0)
+    first = round(c1 - slope * (n1 - 1))  # cost of a single step
+    if slope == first:
+        return f"{first} per step"
+    return f"{first} + {first} (steps - 1) / {first / slope:g}"
 
 
 @app.command

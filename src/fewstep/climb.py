@@ -14,9 +14,10 @@ from ._types import BudgetError, Field, FieldError
 from .candidates import Candidate, candidates, grids, home
 from .coordinates import Coordinates
 from .evaluation import Report
-from .field import CountedField, JointField, Model, ModelField
+from .field import CountedField, JointField, Model, ModelField, path_of
 from .grid import TimeGrid
 from .journal import Journal, identity
+from .path import AffinePath
 from .problem import Problem, Score
 from .progress import Stage, Stages
 from .sampler import Sampler
@@ -47,11 +48,13 @@ class TuneResult:
     Attributes:
         samplers: one per NFE.
         report: every row of the final measurement, and the facts behind it.
+        path: of the model, where it is known.
         rivals: the best stock scheduler of each budget, as a table over velocities, where there is one.
     """
 
     samplers: Mapping[int, Sampler]
     report: Report
+    path: AffinePath | None
     rivals: Mapping[int, Candidate]
 
     def __getitem__(self, nfe: int) -> Sampler:
@@ -81,7 +84,7 @@ class TuneResult:
 
     def save(self, directory: str | Path) -> list[Path]:
         """Write every sampler into ``directory/nfe-N``; returns those folders."""
-        return [sampler.save(Path(directory) / f"nfe-{nfe}") for nfe, sampler in self.samplers.items()]
+        return [sampler.save(Path(directory) / f"nfe-{nfe}", path=self.path) for nfe, sampler in self.samplers.items()]
 
 
 def tune(
@@ -222,7 +225,7 @@ class _Climb:
             row = next(r for r in rows if r.nfe == n and r.group == "tuned")
             samplers[n] = finished(winner.sampler.named(winner.name), self.field.field, row, facts, self.seed)
         rivals = {n: best for n in budgets if (best := self._rival(n, report)) is not None}
-        return TuneResult(samplers, report, rivals)
+        return TuneResult(samplers, report, path_of(self.field), rivals)
 
     def _rival(self, n: int, report: Report) -> Candidate | None:
         row = report.best(n, *BASELINES)

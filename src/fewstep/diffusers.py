@@ -68,9 +68,9 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             )
         if not a or a[0] == 0.0:
             raise ValueError("a pipeline starts at scheduler.init_noise_sigma = a[0] times noise; a[0] must not be 0")
-        start = torch.as_tensor(a, dtype=torch.float64)
+        numbers = [torch.tensor(value, dtype=torch.float64) for value in (times, timesteps, a, b)]
         # Over the state at which the pipeline starts, rather than over standard normal noise.
-        self._table = Sampler(times, start / start[0], b, clock=timesteps)  # type: ignore[arg-type]  # converts lists
+        self._table = Sampler(numbers[0], numbers[2] / a[0], numbers[3], clock=numbers[1])
         if levels is not None and (len(levels) != self._table.nfe or any(len(pair) != 2 for pair in levels)):
             raise ValueError(f"levels must hold one [alpha, sigma] per call, {self._table.nfe} in all, got {len(levels)}")
         self._clock: list[float] = [float(t) for t in timesteps]

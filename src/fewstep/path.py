@@ -217,7 +217,7 @@ class VP(AffinePath):
 
     def _time(self, log_snr):
         # alpha^2 = sigmoid(2 lambda); then tau solves slope tau^2 / 4 + beta_min tau / 2 = -log alpha.
-        cost = -torch.nn.functional.logsigmoid(2 * log_snr) / 2
+        cost = (-torch.nn.functional.logsigmoid(2 * log_snr) / 2).clamp(max=1e30)  # infinite at pure noise
         slope = self.beta_max - self.beta_min
         return 1.0 - 4 * cost / (self.beta_min + (self.beta_min**2 + 4 * slope * cost).sqrt())
 

@@ -26,6 +26,7 @@ class Provenance:
         path: the path, as its repr.
         shape: shape of one sample.
         raw: how a pipeline's network relates to `Sampler.predicts` (see `fewstep.path.raw_mix`).
+        sigma_data: of the preconditioning that raw="edm" stands for.
         conditions: the conditions that it was tuned for.
         seed: seed of the tuning noise.
         versions: of fewstep and torch.
@@ -38,6 +39,7 @@ class Provenance:
     path: str = ""
     shape: tuple[int, ...] | None = None
     raw: Raw = "plain"
+    sigma_data: float = 0.5
     conditions: tuple[str, ...] = ()
     seed: int | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -60,7 +62,8 @@ class Sampler:
         ValueError: wrong shapes, values that are not finite, or a row that uses an output not computed yet.
 
     Example:
-        >>> euler = Sampler(times=[0.0, 0.5], a=[1, 1, 1], b=[[0, 0], [0.5, 0], [0.5, 0.5]])
+        >>> b = torch.tensor([[0, 0], [0.5, 0], [0.5, 0.5]])
+        >>> euler = Sampler(times=torch.tensor([0, 0.5]), a=torch.ones(3), b=b)
         >>> euler(lambda x, t: -x, torch.ones(1, 1))
         tensor([[0.2500]])
     """
@@ -111,7 +114,8 @@ class Sampler:
         therefore not checked for NaN here (wrap the field in `CountedField` for that; `tune` and the command line do).
 
         Args:
-            field: ``field(x, t) -> velocity``; a field from `Model.given` if `predicts` is not "velocity".
+            field: ``field(x, t) -> velocity``; a field from `Model.given` if `predicts` is not "velocity". It may return `x`
+                or a view of it, but must not keep it: later states are written into the same memory.
             noise: (batch, *shape) standard normal noise on the field's device.
             trajectory: return all states, (nfe + 1, batch, *shape), instead of the last.
             progress: show a progress bar.
@@ -180,11 +184,17 @@ class Sampler:
         scale = torch.cat([s, torch.ones(1, dtype=torch.float64)])
         return a * scale, b * scale[:, None]
 
-    def save(self, directory: str | Path) -> Path:
-        """Write ``sampler.json`` and ``scheduler_config.json`` (for `TableScheduler`) into `directory`, atomically."""
+    def save(self, directory: str | Path, *, path: AffinePath | None = None) -> Path:
+        """Write ``sampler.json`` and ``scheduler_config.json`` (for `TableScheduler`) into `directory`, atomically.
+
+        Args:
+            directory: made if it is missing.
+            path: of the network; only needed for "v_prediction" and "edm" networks on a `DiscreteVP` path, whose
+                ``scheduler_config.json`` is left out otherwise.
+        """
         from .artifact import write_sampler
 
-        return write_sampler(self, directory)
+        return write_sampler(self, directory, path)
 
     @staticmethod
     def load(directory: str | Path) -> "Sampler":

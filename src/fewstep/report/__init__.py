@@ -12,7 +12,7 @@ from ..evaluation import Report
 from ..sampler import Sampler
 from .coefficients import Table, table_figure
 from .console import to_console as to_console
-from .frontier import frontier
+from .frontier import frontier_figure
 from .page import html, markdown
 from .pictures import strips
 from .samples import samples_figure
@@ -37,7 +37,7 @@ def write_report(
     Args:
         report: the measurements; ``facts["summary"]``, if present, is the headline (otherwise it is made from the rows).
         directory: made if it is missing.
-        samplers: tables to show, by row name, or ``"name (nfe)"`` where several budgets share a name.
+        samplers: tables to show, by row name, or ``"name, 8 calls"`` where several budgets share a name.
         pictures: samples (k, *shape) by the same keys, all from the same noise. Images are (1 or 3, H, W) in [-1, 1]; signals
             become curves, vectors points.
         reference_picture: the converged samples (k, *shape) from that noise.
@@ -69,7 +69,7 @@ def _contents(
     tables = [Table(label(report, key, sampler), sampler) for key, sampler in samplers.items()]
     rows = strips(report, samplers, pictures, reference)
     with style():
-        files = {"frontier.png": png(frontier(report))}
+        files = {"frontier.png": png(frontier_figure(report))}
         if rows:
             files["samples.png"] = png(samples_figure(rows))
         if tables:

@@ -17,8 +17,8 @@ Rect = tuple[float, float, float, float]
 GAP = 0.105
 """Least distance between two labels, as a share of the axes' height."""
 
-MOST_NAMED = 6
-"""Lines that are drawn by name when no sampler belongs to a group."""
+MOST_LINES = 6
+"""Samplers of no group get lines of their own while there are so few lines in all."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Series:
         return list(self.rows), [row.metrics[metric] for row in self.rows.values()]
 
 
-def frontier(report: Report, *, wide: bool = True) -> Figure:
+def frontier_figure(report: Report, *, wide: bool = True) -> Figure:
     """Error against NFE: a line for each family of samplers, the adaptive solver beside them, dots for all others.
 
     Args:
@@ -92,16 +92,21 @@ def series(report: Report, metric: str) -> list[Series]:
         Series("best stock, grids corrected", COLOURS["corrected"], "v", "--", mended),
     ]
     found = [replace(line, rows={n: row for n, row in line.rows.items() if _drawable(row, metric)}) for line in lines]
-    return [line for line in found if line.rows] or _by_name(report, metric)
+    found = [line for line in found if line.rows]
+    named = _by_name(report, metric)
+    if not found:  # the palette is free
+        return [replace(line, colour=colour) for line, colour in zip(named, COLOURS.values(), strict=False)]
+    return found + (named if len(named) <= MOST_LINES - len(found) else [])
 
 
 def _by_name(report: Report, metric: str) -> list[Series]:
+    """One line for each sampler of no group, best first."""
     rows = sorted((r for r in report.rows if r.group == "other" and _drawable(r, metric)), key=lambda r: sort_value(r, metric))
-    names = list(dict.fromkeys(row.name for row in rows))[:MOST_NAMED]
+    names = dict.fromkeys(row.name for row in rows)
     rows.sort(key=lambda r: r.nfe)
     return [
-        Series(short(name, 30), colour, mark, "-", {row.nfe: row for row in rows if row.name == name})
-        for name, colour, mark in zip(names, COLOURS.values(), "os^vD<", strict=False)
+        Series(short(name, 30), COLOURS["other"], "Ds^vP<"[i % 6], "-", {row.nfe: row for row in rows if row.name == name})
+        for i, name in enumerate(names)
     ]
 
 
@@ -215,11 +220,12 @@ def _adaptive(axes: Axes, rows: Sequence[Row], metric: str, like: Axes) -> None:
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     low, high = like.get_ylim()
-    for row in rows:
-        value = row.metrics[metric].value
-        if low <= value <= high:
-            axes.plot(0.12, value, "D", color=COLOURS["adaptive"], markersize=5)
-            axes.text(0.24, value, f"{row.nfe} calls", va="center", size=8, color=COLOURS["adaptive"])
+    inside = sorted((row.metrics[metric].value, row.nfe) for row in rows if low <= row.metrics[metric].value <= high)
+    to_axes = axes.transData + axes.transAxes.inverted()
+    heights = _place([float(to_axes.transform((0, value))[1]) for value, _ in inside], GAP / 2.2)
+    for (value, nfe), height in zip(inside, heights, strict=True):
+        axes.plot(0.12, value, "D", color=COLOURS["adaptive"], markersize=5)
+        axes.text(0.24, height, f"{nfe} calls", transform=axes.transAxes, va="center", size=8, color=COLOURS["adaptive"])
     axes.set_xlabel("adaptive solver\n(dopri5)", color=COLOURS["adaptive"], loc="left", size=8)
 
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from ..evaluation import Group, Report, Row, markdown_cell
 from .coefficients import Table, knots_figure, mapped, weights_figure
-from .frontier import frontier
+from .frontier import frontier_figure
 from .pictures import Strip, embedded, kind, tiled
 from .samples import samples_figure
 from .style import COLOURS, INK, MUTED, PAPER, RULE, svg
@@ -72,8 +72,10 @@ def _line(line: dict[str, Any]) -> dict[str, str]:
 
 def _small_print(report: Report) -> str:
     parts = ["RMSE per element to the converged solution, with 95 % bootstrap intervals over noises"]
-    if "noises" in report.facts:
-        parts.append(f"{number(report.facts['noises'])} noises that no stage of tuning saw")
+    if "noises per set" in report.facts:
+        parts.append(f"{number(report.facts['noises per set'])} noises that no stage of tuning saw")
+    elif "noises" in report.facts:
+        parts.append(f"{number(report.facts['noises'])} noises")
     if isinstance(report.facts.get("reference error"), float):
         parts.append(f"the reference's own error is {report.facts['reference error']:.2g}")
     return "; ".join(parts) + "."
@@ -81,7 +83,7 @@ def _small_print(report: Report) -> str:
 
 def _frontier(report: Report, title: str) -> dict[str, Any]:
     words = f"{title}: error against number of network calls. {headline(report)}"
-    figures = {name: frontier(report, wide=name == "wide") for name in ("wide", "narrow")}
+    figures = {name: frontier_figure(report, wide=name == "wide") for name in ("wide", "narrow")}
     drawn = {name: Markup(svg(figure, f"frontier-{name}", words)) for name, figure in figures.items()}
     note = "Bars are 95 % bootstrap intervals over noises. "
     if any(row.group == "adaptive" for row in report.rows):
@@ -124,7 +126,7 @@ def _rows(report: Report) -> dict[str, Any]:
     names = metrics(report)
     first = next(iter(names), "rmse")
     ordered = sorted(report.rows, key=lambda row: (row.nfe, sort_value(row, first)))
-    budget = max(SHOWN, MOST_ROWS // max(1, len({row.nfe for row in ordered})))
+    budget = len(ordered) if len(ordered) <= MOST_ROWS else max(SHOWN, MOST_ROWS // len({row.nfe for row in ordered}))
     passes, several = any(row.passes != row.nfe for row in ordered), any(row.by_condition for row in ordered)
     rank: dict[int, int] = {}
     led: set[tuple[int, Group]] = set()
@@ -172,7 +174,7 @@ def _snippets(report: Report) -> list[dict[str, str]]:
     python = f"""import torch
 from fewstep import Sampler, adapt
 
-field = adapt(network).given()         # the arguments with which it was tuned: path, predicts, label, guidance, ...
+field = adapt(network).given()                  # with the arguments of the tuning
 fast = Sampler.load("{folder}")
 sample = fast(field, torch.randn(16, *shape))   # {nfe} network calls"""
     pipeline = f"""from fewstep import TableScheduler

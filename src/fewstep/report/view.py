@@ -70,11 +70,22 @@ def best_rows(report: Report, metric: str, *groups: Group) -> dict[int, Row]:
     return found
 
 
-def row_of(report: Report, key: str, nfe: int | None = None) -> Row | None:
-    """The row that a key of `samplers` or `pictures` means: a row's name, or ``"name (nfe)"`` where budgets share a name."""
-    exact = [row for row in report.rows if f"{row.name} ({row.nfe})" == key]
-    named = exact or [row for row in report.rows if row.name == key and nfe in (None, row.nfe)]
-    return named[0] if len(named) == 1 or (named and nfe is not None) else None
+def row_of(report: Report, key: str, sampler: Sampler | None = None) -> Row | None:
+    """The row that a key of `samplers` or `pictures` means.
+
+    A key is a row's name, ``"name (8)"`` or ``"name, 8 calls"`` where budgets share a name, or anything for a sampler whose
+    provenance names its row.
+    """
+    budget = [row for row in report.rows if sampler is None or row.nfe == sampler.nfe]
+    made = "" if sampler is None else sampler.provenance.method
+    for found in (
+        [row for row in budget if key in (f"{row.name} ({row.nfe})", f"{row.name}, {row.nfe} calls")],
+        [row for row in budget if row.name == key],
+        [row for row in budget if row.name == made],
+    ):
+        if found:
+            return found[0] if len(found) == 1 else None
+    return None
 
 
 @dataclass(frozen=True)
@@ -94,7 +105,7 @@ class Label:
 
 def label(report: Report, key: str, sampler: Sampler | None) -> Label:
     """The label of a key; a key without a row keeps its own text."""
-    row = row_of(report, key, None if sampler is None else sampler.nfe)
+    row = row_of(report, key, sampler)
     if row is None:
         return Label(clean(key), None if sampler is None else sampler.nfe, "", "other")
     metric = metrics(report)[:1]

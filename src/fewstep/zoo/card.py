@@ -159,6 +159,7 @@ def _text(model: Model, training: TrainingRecord, m: Measured, digits: Digits, s
             pixels=math.prod(SHAPE),
             seen=len(digits.images),
             unseen=len(digits.held_images),
+            passes=training.samples / len(digits.images),
             drawn=SAMPLES,
             accuracy_1=m.accuracy[1.0],
             accuracy_2=m.accuracy[2.0],

@@ -22,7 +22,7 @@ from .. import __version__
 from .._disk import disk_errors, refusal, short, staged
 from .._types import Prediction
 from ..artifact import _first, _Strict, path_from_repr
-from ..field import Model, adapt
+from ..field import Model, adapt, call_network
 from .network import ResidualMLP
 
 WEIGHTS = "model.safetensors"
@@ -215,18 +215,24 @@ def _storable(model: Model) -> ResidualMLP:
             f"only models on fewstep.zoo.ResidualMLP are saved as numbers, {model.name} is a {type(network).__name__}; keep it "
             "in your own format and name a function that builds it: package.module:function"
         )
-    if model.raw != "plain" or model.label_key != "label" or model.clock(0.25) != 0.25:
-        raise refusal(
-            f'cannot save {model.name}: a directory holds models with raw="plain", label_key="label" and no clock of their own'
-        )
     if path_from_repr(repr(model.path)) != model.path:
         raise refusal(
             f"cannot save {model.name}: a directory holds models on CondOT, Cosine, VP, VE or EDM, not {model.path!r}"
         )
-    if model.shape not in (None, network.shape) or model.classes not in (None, network.classes or None):
+    if model.raw != "plain" or model.label_key != "label" or model.call is not call_network or model.clock(0.25) != 0.25:
         raise refusal(
-            f"cannot save {model.name}: the network has shape {network.shape} and {network.classes} classes, "
-            f"the model says {model.shape} and {model.classes}"
+            f'cannot save {model.name}: a directory holds models with raw="plain", label_key="label" and no call or clock of '
+            "their own"
+        )
+    classes = network.classes or None
+    if (
+        model.shape not in (None, network.shape)
+        or model.classes not in (None, classes)
+        or model.null_label not in (None, classes)
+    ):
+        raise refusal(
+            f"cannot save {model.name}: the network has shape {network.shape}, classes {classes} and null label {classes}, "
+            f"the model says {model.shape}, {model.classes} and {model.null_label}"
         )
     return network
 

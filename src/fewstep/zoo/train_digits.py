@@ -24,7 +24,7 @@ from .._types import FewstepError
 from ..artifact import _first, _Strict
 from ..field import Model, adapt
 from ..path import CondOT
-from .checkpoint import TrainingRecord, save_model
+from .checkpoint import CONFIG, TrainingRecord, save_model
 from .network import ResidualMLP
 from .run_state import CHECKPOINT, Run, stored_recipe, versions
 from .watch import interrupted, shown
@@ -54,15 +54,15 @@ class Recipe(_Strict):
         every: steps between two checkpoints, which are also the points of the loss curve.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 12_000
+    steps: Annotated[int, Field(ge=1)] = 10_000
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     batch: Annotated[int, Field(ge=1)] = 512
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0, le=100)] = 1e-3
     warmup: Annotated[int, Field(ge=1)] = 200
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.999
     label_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.15
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.25
     width: Annotated[int, Field(ge=1)] = 192
     blocks: Annotated[int, Field(ge=0)] = 3
     every: Annotated[int, Field(ge=1)] = 500
@@ -95,7 +95,7 @@ def load_digits() -> Digits:
 
 
 def train(recipe: Recipe, out: Path, *, resume: bool = False) -> Model:
-    """Train, and save the model and its loss curve in `out`.
+    """Train, and save the model and its loss curve in `out`, beside the last checkpoint.
 
     Args:
         recipe: the settings.
@@ -106,7 +106,7 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> Model:
         The trained model.
 
     Raises:
-        FewstepError: the loss is NaN or infinite (the last good checkpoint stays), `out` holds an unfinished run and
+        FewstepError: the loss is NaN or infinite (the last good checkpoint stays), `out` holds a run or a model and
             `resume` is off, or the run in it is another one.
         KeyboardInterrupt: Ctrl-C or a termination signal, after the current step and a checkpoint.
     """
@@ -133,18 +133,18 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> Model:
             run.step += 1
             run.update_average(recipe.ema)
             run.pending.append(loss.item())
-            pause = run.step % recipe.every == 0 or run.step == recipe.steps
-            if not math.isfinite(run.pending[-1]) or (pause and not run.finite()):
+            pause, stop = run.step % recipe.every == 0 or run.step == recipe.steps, asked()
+            if not math.isfinite(run.pending[-1]) or ((pause or stop) and not run.finite()):
                 raise _diverged(run, rate, file)
             if pause:
                 run.curve.append(_point(run, digits))
                 run.pending = []
             run.seconds += time.perf_counter() - clock
             run.cpu_seconds += time.process_time() - cpu
-            if pause or asked():
+            if pause or stop:
                 run.save(file)
             show()
-            if asked() and run.step < recipe.steps:
+            if stop and run.step < recipe.steps:
                 raise KeyboardInterrupt
     return _finish(run, recipe, digits, out)
 
@@ -152,6 +152,8 @@ def train(recipe: Recipe, out: Path, *, resume: bool = False) -> Model:
 def _begin(recipe: Recipe, file: Path, resume: bool) -> Run:
     if file.exists() and not resume:
         raise FewstepError(f"{file} is an unfinished run; continue it with --resume, or choose another --out")
+    if file.with_name(CONFIG).exists() and not resume:
+        raise FewstepError(f"{file.parent} holds a finished model; choose another --out")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = ResidualMLP(SHAPE, CLASSES, recipe.width, recipe.blocks, recipe.dropout)
@@ -223,7 +225,6 @@ def _finish(run: Run, recipe: Recipe, digits: Digits, out: Path) -> Model:
     model = adapt(run.ema, path=PATH, shape=SHAPE, classes=CLASSES, null_label=CLASSES, name="digits")
     save_model(model, out, data_range=(-1.0, 1.0), training=record)
     atomic_write(out / CURVE, "[\n" + ",\n".join(json.dumps(point) for point in run.curve) + "\n]\n")
-    (out / CHECKPOINT).unlink(missing_ok=True)
     return model
 
 
@@ -245,6 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from .card import write_card
 
         write_card(args.out)
+        (args.out / CHECKPOINT).unlink(missing_ok=True)
     except KeyboardInterrupt:
         print(f"interrupted; go on with --resume --out {args.out}", file=sys.stderr)
         return 130
