@@ -69,11 +69,11 @@ def make_plan(a: np.ndarray, b: np.ndarray) -> Plan:
 def _sparsest(full: np.ndarray, i: int) -> tuple[Term, ...]:
     target = full[i]
     best = _terms([(target[0], "x", -1), *((target[1 + j], "u", j) for j in range(i))])
-    if i == 1:  # the first state is the noise
-        return best
+    for back in range(1, min(i, 5)):
+        best = min(best, _continued(full, i, back) or best, key=_cost)
     for states in range(1, min(i, 3) + 1):
         # More outputs leave fewer equations: what fails with the most of them fails with fewer, too.
-        most = min(i, 4, len(best) - states)
+        most = min(i, 4, len(best) - 1 - states)
         if most < 1 or _recurrence(full, i, states, most) is None:
             continue
         for outputs in range(1, most + 1):
@@ -85,8 +85,18 @@ def _sparsest(full: np.ndarray, i: int) -> tuple[Term, ...]:
 
 
 def _cost(terms: tuple[Term, ...]) -> tuple[int, bool]:
-    """Fewest terms; among as many, first those that only add to a state: they let go of the noise."""
-    return len(terms), not any(t.coefficient == 1.0 and t.kind == "x" and t.index >= 0 for t in terms)
+    """Fewest terms; among as many, those that let go of the noise."""
+    return len(terms), any(term.index < 0 for term in terms)
+
+
+@np.errstate(over="ignore", invalid="ignore")  # as below
+def _continued(full: np.ndarray, i: int, back: int) -> tuple[Term, ...] | None:
+    """The row as an earlier state plus outputs, if the noise has the same weight in both."""
+    rest = full[i] - full[i - back]
+    rest[np.abs(rest) < EXACT * np.abs(full[i]).max()] = 0.0
+    if rest[0] != 0.0 or not np.isfinite(rest).all():
+        return None
+    return _terms([(1.0, "x", i - back), *((rest[1 + j], "u", j) for j in range(i))])
 
 
 @np.errstate(over="ignore", invalid="ignore")  # overflow is caught below; the row as it stands is then used
@@ -104,7 +114,6 @@ def _recurrence(full: np.ndarray, i: int, states: int, outputs: int) -> tuple[Te
     if max(np.abs(weights).max(), np.abs(rest[old : 1 + i]).max()) > LARGEST * max(scale, 1.0):
         return None
     weights[np.abs(weights - 1.0) < EXACT] = 1.0
-    weights[np.abs(weights) * np.abs(previous).max(axis=1) < EXACT * scale] = 0.0
     rest[np.abs(rest) < EXACT * scale] = 0.0
     return _terms(
         [
@@ -181,8 +190,7 @@ class Stepper:
         if [(t.coefficient, t.kind) for t in terms] == [(1.0, "u")]:
             operands = [(1.0, operands[0][1].clone())]  # a state is ours to write over, an output is not
         dying = [self._held[key] for key in drops if key[0] == "x" and self._writable(key)] if self._reuse else []
-        # Best first operand: one with coefficient one (saves a pass), then one whose memory the result can take.
-        operands.sort(key=lambda pair: (pair[0] != 1.0, not _among(pair[1], dying)))
+        operands = _best_first(operands, dying)
         free = [x for x in dying if not any(x is value for _, value in operands[1:])]
         if operands and _among(operands[0][1], free):
             out = operands[0][1]
@@ -202,6 +210,16 @@ class Stepper:
         if value is None or value is self._noise or key[1] < 0:
             return False
         return not any(value is other for name, other in self._held.items() if name != key)
+
+
+def _best_first(operands: list[tuple[float, Tensor]], dying: list[Tensor]) -> list[tuple[float, Tensor]]:
+    """First an operand with coefficient one (saves a pass), better still one whose memory the result can take."""
+    best, least = 0, 4
+    for k, (coefficient, value) in enumerate(operands):  # a loop, because torch.compile cannot trace a sort by keys
+        rank = 2 * (coefficient != 1.0) + (not _among(value, dying))
+        if rank < least:
+            best, least = k, rank
+    return operands[best : best + 1] + operands[:best] + operands[best + 1 :]
 
 
 def _among(x: Tensor, others: list[Tensor]) -> bool:

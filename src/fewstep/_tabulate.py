@@ -60,6 +60,8 @@ def write_table(method: Run, grid: TimeGrid, *, start_scale: float = 1.0) -> Sam
     if len(rows) != size:
         raise NotLinearError(f'"{name}" asked the field {size - 1} times, then {len(rows) - 1}; adaptive methods are not tables')
     table = torch.stack(rows)
+    if bool(table.detach()[:, 1:].triu().any()):  # a state cannot hold outputs that are yet to come
+        raise _not_a_table(name)
     return Sampler(torch.stack(times), table[:, 0], table[:, 1:], provenance=Provenance(method=name))
 
 
@@ -91,7 +93,11 @@ def _probe(method: Run, grid: TimeGrid, sampler: Sampler, start_scale: float) ->
     with torch.no_grad():
         direct, table = method(field, grid, start_scale * noise), sampler(field, noise)
     if direct.shape != noise.shape or not torch.allclose(direct, table, rtol=1e-8, atol=1e-8 * float(table.abs().max())):
-        raise NotLinearError(
-            f'"{sampler.provenance.method}" is not a table: on a random field its result differs from the linear combination of its own calls '
-            "(it clips, adapts or draws noise); put a clip into the field instead, or use it as a baseline"
-        )
+        raise _not_a_table(sampler.provenance.method)
+
+
+def _not_a_table(name: str) -> NotLinearError:
+    return NotLinearError(
+        f'"{name}" is not a table: its result differs from the linear combination of its own calls '
+        "(it clips, adapts or draws noise); put a clip into the field instead, or use it as a baseline"
+    )

@@ -10,7 +10,7 @@ import copy
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ._types import BudgetError, NotLinearError, Prediction, Raw, Time
-from .path import EDM, AffinePath, CondOT, Cosine, DiscreteVP, raw_mix
+from ._conventions import Convention, convention
+from ._types import BudgetError, NotLinearError
+from .path import raw_mix
 from .sampler import Provenance, Sampler, substitute
 
 PROBES = 12
@@ -32,81 +33,6 @@ LARGE = 30.0
 
 TOLERANCE = 1e-6
 """Largest deviation of a probe from its row, relative to the row's terms; rounding stays below 1e-10, a clip is of order 1."""
-
-_FLOW = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF", "Helios")
-
-
-@dataclass(frozen=True)
-class Convention:
-    """What a scheduler takes its network to be.
-
-    Attributes:
-        path: the affine path of the states that the network sees.
-        predicts: what the network predicts once `raw` is undone.
-        raw: how its bare output relates to that.
-        clock: fewstep time -> the scheduler's timestep; None where it is `adapt`'s default for the path.
-        times: scheduler after set_timesteps -> (n,) float64 times of its calls.
-        sigma_data: of the EDM preconditioning.
-    """
-
-    path: AffinePath
-    predicts: Prediction
-    raw: Raw
-    clock: Callable[[Time], Time] | None
-    times: Callable[[Any], Tensor]
-    sigma_data: float = 0.5
-
-
-def convention(scheduler: Any) -> Convention:
-    """Read path, prediction, sign and clock from a scheduler's class and config.
-
-    Raises:
-        NotLinearError: a scheduler for something else than flows, VP diffusion on discrete levels, or EDM.
-    """
-    name, config = type(scheduler).__name__, scheduler.config
-    kind = config.get("prediction_type", "epsilon")
-    if kind == "flow_prediction" or any(base.__name__.startswith(_FLOW) for base in type(scheduler).__mro__):
-        return _flow(config)
-    if name.startswith("EDM") and kind == "epsilon":
-        path = EDM(float(config["sigma_min"]), float(config["sigma_max"]))
-        sigma_data = float(config["sigma_data"])
-        return Convention(path, "data", "edm", None, lambda s: _unit(1 - s.sigmas.double()[: len(s.timesteps)] / path.sigma_max), sigma_data)
-    if name == "IPNDMScheduler":  # its own clock: the angle between data and noise
-        return Convention(Cosine(), "noise", "v_prediction", lambda t: 1.0 - t, lambda s: _unit(1 - s.timesteps.double()))
-    levels = getattr(scheduler, "alphas_cumprod", None)
-    meant = {"epsilon": "plain", "sample": "plain", "original_sample": "plain", "v_prediction": "v_prediction"}.get(kind)
-    if not isinstance(levels, Tensor) or meant is None or config.get("timestep_type", "discrete") != "discrete":
-        raise NotLinearError(
-            f"cannot tell what network {name} (prediction_type={kind!r}) belongs to; readable are flow schedulers, those with "
-            "alphas_cumprod on a discrete clock that predict epsilon, sample or v_prediction, and EDM ones that predict epsilon"
-        )
-    path = _discrete(levels, name)
-    predicts = "data" if "sample" in kind else "noise"
-    return Convention(path, predicts, meant, None, lambda s: _unit(path.time(s.timesteps)))
-
-
-def _flow(config: Mapping[str, Any]) -> Convention:
-    """Diffusers' flows predict noise - data at 1000 (1 - t); with `invert_sigmas` data - noise at 1000 t."""
-    count = float(config.get("num_train_timesteps", 1000))
-    if config.get("invert_sigmas", False):
-        return Convention(CondOT(), "velocity", "plain", lambda t: count * t, lambda s: _unit(s.timesteps.double() / count))
-    return Convention(
-        CondOT(), "velocity", "negated", lambda t: count * (1.0 - t), lambda s: _unit(1 - s.timesteps.double() / count)
-    )
-
-
-def _discrete(levels: Tensor, name: str) -> DiscreteVP:
-    if bool((levels <= 0).any()):
-        raise NotLinearError(
-            f"{name} has a level with alphas_cumprod = 0, where noise and state do not determine the data; "
-            "use rescale_betas_zero_snr=False"
-        )
-    return DiscreteVP(levels)
-
-
-def _unit(times: Tensor) -> Tensor:
-    """Float32 schedules overshoot the ends by a rounding error."""
-    return times.detach().cpu().double().clamp(0.0, 1.0)
 
 
 def from_diffusers(
@@ -200,7 +126,7 @@ def _searched(ready: Any, nfe: int, shift: Mapping[str, float]) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """diffusers hands tensors to numpy in a way that numpy 2 announces to drop."""
+    """Without the warning that diffusers hands tensors to numpy in an old way."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
         yield
@@ -339,7 +265,7 @@ class _Doubles(TorchFunctionMode):
 _CASTS = (torch.Tensor.to, torch.Tensor.type)
 
 
-def _floats(values: Any) -> bool:
-    while isinstance(values, list | tuple) and values:
-        values = values[0]
-    return isinstance(values, float) or (isinstance(values, Tensor | np.generic) and "float" in str(values.dtype))
+def _floats(value: Any) -> bool:
+    while isinstance(value, list | tuple) and value:
+        value = value[0]
+    return isinstance(value, float | np.floating) or (isinstance(value, Tensor) and value.is_floating_point())

@@ -4,7 +4,7 @@
 replays any table inside any pipeline. Importing this module imports diffusers' scheduler base class.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,11 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutput
 from torch import Tensor
 
+from ._conventions import adapt_like as adapt_like
 from ._plan import Stepper
 from ._types import ArtifactError, BudgetError
-from ._unit_vectors import convention
 from ._unit_vectors import from_diffusers as from_diffusers
 from .artifact import SAMPLER, SCHEDULER, path_from_repr, read_sampler, scheduler_config
-from .field import Call, Model, adapt
 from .path import AffinePath, raw_mix
 from .sampler import Sampler
 
@@ -192,11 +191,13 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return sample
 
     def index_for_timestep(self, timestep: float | Tensor) -> int:
-        """The (first) call at this timestep.
+        """The call at this timestep; if several are, and it is not an element of `timesteps` itself, the first.
 
         Raises:
             ValueError: the table has none there.
         """
+        if isinstance(timestep, Tensor) and timestep.numel() == 1 and _shared(timestep, self.timesteps):
+            return int(timestep.storage_offset())  # one of ours: its place says which, without waiting for the device
         value = float(timestep)
         index = min(range(len(self._clock)), key=lambda i: abs(self._clock[i] - value))
         if abs(self._clock[index] - value) > NEAR * max(1.0, abs(value)):
@@ -293,6 +294,10 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return self.config["num_train_timesteps"]
 
 
+def _shared(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
+
+
 def _version(x: Tensor) -> int | None:
     """Counts writes to `x`; unknown for tensors of `torch.inference_mode`."""
     return None if x.is_inference() else x._version
@@ -306,55 +311,3 @@ def _levels(sampler: Sampler, path: AffinePath | None, sigma_data: float) -> lis
     scale = raw_mix(path, sampler.times, sampler.provenance.raw, sigma_data)[0]
     alpha, sigma, *_ = path.coefficients(sampler.times)
     return torch.stack([scale * alpha, scale * sigma], dim=1).tolist()
-
-
-def adapt_like(
-    network: Callable[..., Any],
-    scheduler: Any,
-    *,
-    shape: Sequence[int] | None = None,
-    call: Call | None = None,
-    label_key: str = "class_labels",
-    null_label: int | None = None,
-    classes: int | None = None,
-    max_batch: int | None = None,
-    name: str | None = None,
-) -> Model:
-    """`adapt` a network of a diffusers pipeline; path, prediction, sign and clock are read from the pipeline's scheduler.
-
-    Args:
-        network: e.g. ``pipe.unet`` or ``pipe.transformer``.
-        scheduler: e.g. ``pipe.scheduler``; only its config and `alphas_cumprod` are read.
-        shape: shape of one sample.
-        call: as for `adapt`; needed if the output also holds variances, for instance.
-        label_key: the network's class keyword.
-        null_label: class index that stands for no condition.
-        classes: number of classes.
-        max_batch: evaluate larger batches in pieces of this size.
-        name: what reports call the model.
-
-    Raises:
-        NotLinearError: the scheduler is not for flows, VP diffusion on discrete levels, or EDM.
-
-    Example:
-        >>> from diffusers import FlowMatchEulerDiscreteScheduler
-        >>> model = adapt_like(lambda x, timestep: x * timestep[:, None], FlowMatchEulerDiscreteScheduler())
-        >>> model.given()(torch.ones(1, 1), 0.25)  # asked at 750, and noise - data turned into data - noise
-        tensor([[-750.]])
-    """
-    known = convention(scheduler)
-    return adapt(
-        network,
-        known.path,
-        known.predicts,
-        shape,
-        call,
-        known.clock,
-        raw=known.raw,
-        sigma_data=known.sigma_data,
-        label_key=label_key,
-        null_label=null_label,
-        classes=classes,
-        max_batch=max_batch,
-        name=name,
-    )

@@ -170,7 +170,8 @@ def adapt(
         network: called as ``network(x, time, **condition)`` unless `call` says otherwise; time has shape (batch,).
         path: the path it was trained on; default `CondOT()`.
         predicts: "velocity" (data - noise on CondOT), "noise", "data" or "score".
-        shape: shape of one sample; needed by `tune(model, ...)` and the command line, not by fields.
+        shape: shape of one sample; default: ``network.shape``, or in_channels and sample_size of a diffusers config. Needed
+            by `tune(model, ...)` and the command line, not by fields.
         call: ``call(network, x, time, condition) -> output``; default `call_network`, which also unwraps diffusers outputs.
         clock: fewstep time (0 = noise, 1 = data) -> the network's own time. Default: the fractional timestep on
             `DiscreteVP`, log(sigma) / 4 for ``raw="edm"``, otherwise t itself. For ``net(x, sigma)`` denoisers pass
@@ -200,10 +201,24 @@ def adapt(
         raise ValueError(f'raw="{raw}" networks have predicts="{meant}", got "{predicts}"')
     if clock is None:
         clock = _default_clock(path, raw)
+    known = _shape_of(network) if shape is None else tuple(shape)
     return Model(
-        network, path, predicts, None if shape is None else tuple(shape), call or call_network, clock, raw, sigma_data,
+        network, path, predicts, known, call or call_network, clock, raw, sigma_data,
         label_key, null_label, classes, max_batch, name or getattr(network, "__name__", type(network).__name__),
     )  # fmt: skip
+
+
+def _shape_of(network: Any) -> tuple[int, ...] | None:
+    """A sample's shape, where the network says it: ``network.shape``, or the config of a diffusers network."""
+    shape = getattr(network, "shape", None)
+    if isinstance(shape, tuple | list) and all(isinstance(n, int) for n in shape):
+        return tuple(shape)
+    config = getattr(network, "config", None)
+    if not isinstance(config, Mapping) or not isinstance(config.get("in_channels"), int):
+        return None
+    size = config.get("sample_size")
+    sides = (size, size) if isinstance(size, int) else tuple(size) if isinstance(size, tuple | list) else None
+    return None if sides is None else (config["in_channels"], *sides)
 
 
 def _default_clock(path: AffinePath, raw: Raw) -> Clock:

@@ -201,7 +201,8 @@ def _schedulers(path: AffinePath) -> tuple[tuple[_Row, Any], ...]:
     rows, shared = _fitting(path)
     homes = [import_module(f"diffusers.schedulers.{row.module}") for row in rows]
     return tuple(
-        (row, getattr(home, f"{row.scheduler}Scheduler")(**shared, **row.settings)) for row, home in zip(rows, homes, strict=True)
+        (row, getattr(home, f"{row.scheduler}Scheduler")(**shared, **row.settings))
+        for row, home in zip(rows, homes, strict=True)
     )
 
 

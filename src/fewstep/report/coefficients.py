@@ -71,7 +71,7 @@ def _height(tables: Sequence[Table]) -> float:
 def _knots(figure: Figure, tables: Sequence[Table], *, top: float, total: float) -> None:
     figure.text(0.012, top - 0.13 / total, "Where the network is called", weight="bold", size=11, va="top")
     height = 0.3 * len(tables)
-    axes = figure.add_axes((0.34, top - (0.5 + height) / total, 0.635, height / total))
+    axes = figure.add_axes((0.36, top - (0.5 + height) / total, 0.615, height / total))
     axes.set(xlim=(-0.01, 1.01), ylim=(len(tables) - 0.5, -0.5))
     axes.set_xlabel("time: 0 is noise, 1 is data", size=8, loc="left")
     axes.set_yticks([])
@@ -80,8 +80,8 @@ def _knots(figure: Figure, tables: Sequence[Table], *, top: float, total: float)
         times, colour = table.sampler.times.detach().numpy(), COLOURS[table.label.group]
         axes.plot([0, 1], [i, i], color=colour, alpha=0.25, linewidth=0.8)
         axes.vlines(times, i - 0.3, i + 0.3, color=colour, linewidth=2)
-        name = f"NFE {table.sampler.nfe}  {short(table.label.name, 30)}"
-        axes.text(-0.52, i, name, transform=axes.get_yaxis_transform(), size=8, color=colour, va="center", parse_math=False)
+        name = f"NFE {table.sampler.nfe}  {short(table.label.name, 38)}"
+        axes.text(-0.565, i, name, transform=axes.get_yaxis_transform(), size=7.5, color=colour, va="center", parse_math=False)
 
 
 def _weights(axes: Axes, table: Table) -> None:

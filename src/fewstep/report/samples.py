@@ -13,7 +13,7 @@ from .pictures import COLUMNS, REFERENCE, Strip, kind, mosaic, tiled
 from .style import COLOURS, INK, MUTED, bare
 from .view import Label, short
 
-LEFT, WIDE = 2.15, 5.75
+LEFT, WIDE = 2.35, 5.55
 """Inches: where rows start, and how long they are."""
 
 MOST_POINTS = 512
@@ -78,7 +78,7 @@ def _name(figure: Figure, of: Label, middle: float, total: float) -> None:
         va="bottom" if second else "center",
         parse_math=False,
     )
-    figure.text(0.012, middle - shift, short(second, 34), size=7, color=MUTED, va="top", parse_math=False)
+    figure.text(0.012, middle - shift, short(second, 40), size=6.8, color=MUTED, va="top", parse_math=False)
 
 
 def _curves(axes: Axes, strip: Strip, found: Sequence[Strip]) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,7 +113,7 @@ def _samples_picture(samples: dict[float, Tensor], labels: Tensor) -> bytes:
     for axes, (w, x) in zip(figure.subplots(1, len(samples)), samples.items(), strict=True):
         rows = torch.stack([x[labels == label][:10, 0] for label in range(CLASSES)])  # (class, sample, 8, 8)
         framed = torch.nn.functional.pad(rows, (1, 1, 1, 1), value=-1.0)
-        axes.imshow(framed.permute(0, 2, 1, 3).reshape(CLASSES * 10, -1), cmap="gray", vmin=-1, vmax=1)
+        axes.imshow(framed.permute(0, 2, 1, 3).reshape(CLASSES * 10, -1).numpy(), cmap="gray", vmin=-1, vmax=1)
         axes.set_title(f"guidance {w:g}")
         axes.set_axis_off()
     return _png(figure)
@@ -125,8 +126,8 @@ def _curve_picture(curve: list[dict[str, float]]) -> bytes:
     axes = figure.subplots()
     for name, words in (("batches", "batches (dropout on)"), ("seen", "seen digits"), ("unseen", "digits kept aside")):
         axes.plot([p["step"] for p in curve], [p[name] for p in curve], label=words)
-    axes.set(xlabel="step", ylabel="mean squared velocity error", yscale="log")
-    axes.grid(alpha=0.3, which="both")
+    axes.set(xlabel="step", ylabel="mean squared velocity error")
+    axes.grid(alpha=0.3)
     axes.legend()
     return _png(figure)
 
@@ -145,33 +146,38 @@ def _text(model: Model, training: TrainingRecord, m: Measured, digits: Digits, s
         "minutes": training.hours * 60,
         **{f"loss_{name}": value for name, value in training.losses.items()},
     }
-    return (
-        (Path(__file__).parent / "card_template.md")
-        .read_text()
-        .format(
-            **facts,
-            path=repr(model.path),
-            predicts=model.predicts,
-            shape=model.shape,
-            null_label=model.null_label,
-            parameters=model.parameters(),
-            megabytes=size / 1e6,
-            pixels=math.prod(SHAPE),
-            seen=len(digits.images),
-            unseen=len(digits.held_images),
-            passes=training.samples / len(digits.images),
-            drawn=SAMPLES,
-            accuracy_1=m.accuracy[1.0],
-            accuracy_2=m.accuracy[2.0],
-            control=m.control,
-            reference_error=m.reference_error,
-            euler=_table(["NFE", *BUDGETS], [[f"guidance {w:g}", *errors.values()] for w, errors in m.euler.items()]),
-            distances=_table(["from", "5 %", "median", "95 %"], [[name, *values] for name, values in m.distances.items()]),
-            copies=m.copies,
-            nearest_unseen=m.nearest_unseen,
-            share_unseen=m.share_unseen,
-        )
+    template = (Path(__file__).parent / "card_template.md").read_text(encoding="utf-8")
+    filled = template.format(
+        **facts,
+        path=repr(model.path),
+        predicts=model.predicts,
+        shape=model.shape,
+        null_label=model.null_label,
+        parameters=model.parameters(),
+        megabytes=size / 1e6,
+        pixels=math.prod(SHAPE),
+        seen=len(digits.images),
+        unseen=len(digits.held_images),
+        passes=training.samples / len(digits.images),
+        drawn=SAMPLES,
+        accuracy_1=m.accuracy[1.0],
+        accuracy_2=m.accuracy[2.0],
+        control=m.control,
+        reference_error=m.reference_error,
+        euler=_table(["NFE", *BUDGETS], [[f"guidance {w:g}", *errors.values()] for w, errors in m.euler.items()]),
+        distances=_table(["from", "5 %", "median", "95 %"], [[name, *values] for name, values in m.distances.items()]),
+        copies=m.copies,
+        nearest_unseen=m.nearest_unseen,
+        share_unseen=m.share_unseen,
     )
+    return "\n\n".join(_wrapped(paragraph) for paragraph in filled.rstrip().split("\n\n")) + "\n"
+
+
+def _wrapped(paragraph: str) -> str:
+    """Running text in lines of like length, whatever the numbers' lengths; tables, headings and code as they are."""
+    if paragraph.startswith(("#", "|", "!", "    ")):
+        return paragraph
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(head: list[str | int], rows: list[list[str | float]]) -> str:
