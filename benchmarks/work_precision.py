@@ -18,7 +18,7 @@ import torch
 from fewstep import Model, compare, load, tabulate, tune
 from fewstep._errors import BudgetError
 from fewstep.candidates import candidates
-from fewstep.climb import draw
+from fewstep.ladder import draw
 from fewstep.grid import TimeGrid
 from fewstep.methods import registry
 from fewstep.trajectory import reference

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fewstep import TimeGrid
 from fewstep.path import AffinePath
 
 
@@ -77,6 +78,13 @@ class ShearedSpiral:
 def slope(errors: list[float], steps: list[int]) -> float:
     """Order of convergence between the last two step counts."""
     return math.log(errors[-2] / errors[-1]) / math.log(steps[-1] / steps[-2])
+
+
+def small_start(n: int, first: int) -> TimeGrid:
+    """n equal steps behind `first` tiny ones, whose low order does not matter: they have the square of the length."""
+    h = 0.8 / n
+    knots = [0.1 + i * h**2 for i in range(first)]
+    return TimeGrid([*knots, *(knots[-1] + h**2 + (0.9 - knots[-1] - h**2) * i / n for i in range(n + 1))])
 
 
 def rms(x: Tensor) -> float:

@@ -6,7 +6,7 @@ import torch
 from fewstep import CountedField, JointField, Sampler, adapt, tune
 from fewstep import load as load_model
 from fewstep._errors import BudgetError, FieldError
-from fewstep.climb import draw
+from fewstep.ladder import draw
 from fewstep.trajectory import reference
 from fewstep.zoo.mixtures import mixture, ring
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from fewstep import zoo
 from fewstep._types import ArtifactError, FewstepError
-from fewstep.field import Model, adapt, flow_timestep
+from fewstep.field import Model, adapt
+from fewstep.calling import flow_timestep
 from fewstep.grid import TimeGrid
 from fewstep.path import VP, CondOT, DiscreteVP
 from fewstep.trajectory import record, reference
@@ -275,8 +276,11 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "path": (edited("path", "__import__('os')"), r"path must be CondOT\(\), .* got __import__"),
     "null label": (edited("null_label", 3), "null_label must be 10 or null, got 3"),
     "other width": (edited("network.width", 96), r"must be float32 of shape \(.*\), got torch.float32 of shape"),
-    "other blocks": (edited("network.blocks", 4), r"does not hold this network: missing \['blocks.3"),
-    "more blocks": (edited("network.blocks", 2), r"not asked for \['blocks.2"),
+    "one more block": (edited("network.blocks", 4), r"does not hold this network: missing \['blocks.3"),
+    "many more blocks": (edited("network.blocks", 256), r"its weights take at least \d{8} bytes, the file has 2506240"),
+    "large shape": (edited("shape", [1024, 1024, 1024]), "does not hold this network: its weights take at least"),
+    "many classes": (edited("classes", 2**20), "null_label must be 1048576"),
+    "one block less": (edited("network.blocks", 2), r"not asked for \['blocks.2"),
     "checksum": (edited("weights_sha256", "0" * 64), "was edited, cut off or belongs to another config.json"),
     "cut weights": (lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-1]), "was edited, cut off"),
     "pickle": (pickled, "is not a safetensors file"),

@@ -17,18 +17,17 @@ if TYPE_CHECKING:
     from ._types import FieldError as FieldError
     from ._types import GridError as GridError
     from ._types import NotLinearError as NotLinearError
-    from .climb import TuneResult as TuneResult
+    from .calling import flow_timestep as flow_timestep
     from .climb import tune as tune
+    from .composite import CountedField as CountedField
+    from .composite import JointField as JointField
     from .diffusers import TableScheduler as TableScheduler
     from .diffusers import adapt_like as adapt_like
     from .diffusers import from_diffusers as from_diffusers
     from .evaluation import Report as Report
     from .evaluation import compare as compare
-    from .field import CountedField as CountedField
-    from .field import JointField as JointField
     from .field import Model as Model
     from .field import adapt as adapt
-    from .field import flow_timestep as flow_timestep
     from .grid import TimeGrid as TimeGrid
     from .path import EDM as EDM
     from .path import VE as VE
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
     from .path import CondOT as CondOT
     from .path import Cosine as Cosine
     from .path import DiscreteVP as DiscreteVP
+    from .result import TuneResult as TuneResult
     from .sampler import Provenance as Provenance
     from .sampler import Sampler as Sampler
     from .trajectory import Reference as Reference
@@ -50,12 +50,15 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "_types": ("ArtifactError", "BudgetError", "FewstepError", "FieldError", "GridError", "NotLinearError"),
-    "climb": ("TuneResult", "tune"),
+    "climb": ("tune",),
+    "calling": ("flow_timestep",),
+    "composite": ("CountedField", "JointField"),
     "diffusers": ("TableScheduler", "adapt_like", "from_diffusers"),
     "evaluation": ("Report", "compare"),
-    "field": ("CountedField", "JointField", "Model", "adapt", "flow_timestep"),
+    "field": ("Model", "adapt"),
     "grid": ("TimeGrid",),
     "path": ("EDM", "VE", "VP", "AffinePath", "CondOT", "Cosine", "DiscreteVP"),
+    "result": ("TuneResult",),
     "sampler": ("Provenance", "Sampler"),
     "_tabulate": ("tabulate",),
     "trajectory": ("Reference", "Trajectory", "dopri5", "record", "reference"),

@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ._types import NotLinearError, Prediction, Raw, Time
-from .field import Call, Model, adapt
+from .calling import Call
+from .field import Model, adapt
 from .path import EDM, AffinePath, CondOT, Cosine, DiscreteVP
 
 _FLOW = ("FlowMatch", "FlowMap", "LTXEulerAncestralRF")

@@ -23,11 +23,11 @@ LARGEST = 64.0
 
 
 class Term(NamedTuple):
-    """coefficient * ("x", index) or coefficient * ("u", index); ("x", -1) is the noise itself."""
+    """A summand: coefficient * ("x", index) or coefficient * ("u", index); ("x", -1) is the noise itself."""
 
     coefficient: float
     kind: str
-    index: int
+    number: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def make_plan(a: np.ndarray, b: np.ndarray) -> Plan:
     last_use = {("x", -1): 0, **{("x", i): min(i + 1, last) for i in range(last + 1)}, **{("u", j): j + 1 for j in range(last)}}
     for i, terms in enumerate(rows):
         for term in terms:
-            last_use[term.kind, term.index] = max(i, last_use[term.kind, term.index])
+            last_use[term.kind, term.number] = max(i, last_use[term.kind, term.number])
     drops = tuple(tuple(key for key, use in last_use.items() if use == i) for i in range(last + 1))
     return Plan(rows, drops)
 
@@ -86,7 +86,7 @@ def _sparsest(full: np.ndarray, i: int) -> tuple[Term, ...]:
 
 def _cost(terms: tuple[Term, ...]) -> tuple[int, bool]:
     """Fewest terms; among as many, those that let go of the noise."""
-    return len(terms), any(term.index < 0 for term in terms)
+    return len(terms), any(term.number < 0 for term in terms)
 
 
 @np.errstate(over="ignore", invalid="ignore")  # as below
@@ -186,7 +186,7 @@ class Stepper:
 
     def _make(self) -> Tensor:
         terms, drops = self._plan.rows[self._row], self._plan.drops[self._row]
-        operands = [(t.coefficient, self._held[t.kind, t.index]) for t in terms]
+        operands = [(t.coefficient, self._held[t.kind, t.number]) for t in terms]
         if [(t.coefficient, t.kind) for t in terms] == [(1.0, "u")]:
             operands = [(1.0, operands[0][1].clone())]  # a state is ours to write over, an output is not
         dying = [self._held[key] for key in drops if key[0] == "x" and self._writable(key)] if self._reuse else []

@@ -58,7 +58,9 @@ def write_table(method: Run, grid: TimeGrid, *, start_scale: float = 1.0) -> Sam
     rows.append(method(record, grid, start_scale * basis[:1])[0])
     name = str(getattr(method, "name", getattr(method, "__name__", type(method).__name__)))
     if len(rows) != size:
-        raise NotLinearError(f'"{name}" asked the field {size - 1} times, then {len(rows) - 1}; adaptive methods are not tables')
+        raise NotLinearError(
+            f'"{name}" asked the field {size - 1} times, then {len(rows) - 1}; adaptive methods are not tables'
+        )
     table = torch.stack(rows)
     if bool(table.detach()[:, 1:].triu().any()):  # a state cannot hold outputs that are yet to come
         raise _not_a_table(name)

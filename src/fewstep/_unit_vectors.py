@@ -128,7 +128,7 @@ def _searched(ready: Any, nfe: int, shift: Mapping[str, float]) -> Any:
 def _quiet() -> Iterator[None]:
     """Without the warning that diffusers hands tensors to numpy in an old way."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "__array__", DeprecationWarning)
+        warnings.filterwarnings("ignore", "__array_", DeprecationWarning)
         yield
 
 

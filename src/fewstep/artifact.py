@@ -133,7 +133,9 @@ def read_sampler(directory: str | Path) -> "Sampler":
     return sampler
 
 
-def scheduler_config(sampler: "Sampler", path: "AffinePath | None" = None, sigma_data: float | None = None) -> dict[str, Any] | None:
+def scheduler_config(
+    sampler: "Sampler", path: "AffinePath | None" = None, sigma_data: float | None = None
+) -> dict[str, Any] | None:
     """The table as a diffusers pipeline needs it: over the bare outputs of the network, at the network's own times.
 
     Args:
@@ -154,7 +156,10 @@ def scheduler_config(sampler: "Sampler", path: "AffinePath | None" = None, sigma
             if path is None:
                 return None
             sampler = sampler.rebase(path, combines)  # type: ignore[arg-type]  # the values of the dict are predictions
-        a, b = (value.detach() for value in sampler.raw_table(path, raw, sampler.provenance.sigma_data if sigma_data is None else sigma_data))
+        a, b = (
+            value.detach()
+            for value in sampler.raw_table(path, raw, sampler.provenance.sigma_data if sigma_data is None else sigma_data)
+        )
     except (ValueError, ArithmeticError):
         return None
     if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):

@@ -7,9 +7,9 @@ import torch
 
 from ._tabulate import write_table
 from ._types import BudgetError, Field
+from .composite import path_of, start_scale
 from .coordinates import Coordinates
 from .evaluation import Group
-from .field import path_of, start_scale
 from .grid import TimeGrid
 from .methods import registry
 from .path import AffinePath, CondOT

@@ -15,8 +15,9 @@ from .config import Conditions, Integers, TuneConfig, Words, as_flags, parse_con
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from .climb import TuneResult
-    from .field import JointField, Model, ModelField
+    from .composite import JointField
+    from .field import Model, ModelField
+    from .result import TuneResult
 
 app = App(
     name="fewstep",
@@ -110,7 +111,7 @@ def _pictures(model: "Model", result: "TuneResult", seed: int) -> tuple[dict[str
     """Samples of the tuned samplers and of the best stock scheduler of each budget, all from the same noise."""
     import torch
 
-    from .climb import draw
+    from .ladder import draw
     from .trajectory import reference
 
     assert model.shape is not None
@@ -149,7 +150,7 @@ def sample(
     """
     import torch
 
-    from .field import CountedField
+    from .composite import CountedField
     from .naming import resolve
     from .outputs import save_samples
     from .zoo import load
@@ -203,8 +204,8 @@ def evaluate(
         out: also write report.json, report.md, report.html and pictures there.
         json: print the report as JSON.
     """
-    from .climb import draw
     from .evaluation import compare
+    from .ladder import draw
     from .naming import resolve
     from .report import write_report
     from .zoo import load
@@ -288,7 +289,7 @@ def _shape(model: "Model") -> tuple[int, ...]:
 
 
 def _noise(model: "Model", num: int, seed: int) -> "Tensor":
-    from .climb import draw
+    from .ladder import draw
 
     return draw((num, *_shape(model)), seed, 4).to(model.device_dtype()[0])
 
@@ -303,7 +304,7 @@ def _field(
     model: "Model", conditions: Sequence[dict[str, Any]], labels: "Tensor | None", batch: int
 ) -> "ModelField | JointField":
     """All conditions side by side; without a label, a class-conditional model gets `labels`."""
-    from .field import JointField
+    from .composite import JointField
 
     assert labels is None or len(labels) == batch
     fields = [model.given(c.get("label", labels), guidance=c.get("guidance", 1.0)) for c in conditions]

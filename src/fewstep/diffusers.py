@@ -79,9 +79,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         self._reset(None, None)
 
     @classmethod
-    def from_sampler(
-        cls, sampler: Sampler, *, path: AffinePath | None = None, sigma_data: float = 0.5, num_train_timesteps: int = 1000
-    ) -> "TableScheduler":
+    def from_sampler(cls, sampler: Sampler, *, path: AffinePath | None = None, sigma_data: float = 0.5) -> "TableScheduler":
         """The scheduler that gives a pipeline the images of `sampler`, to float32 rounding.
 
         Args:
@@ -89,7 +87,6 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             path: the path of that network. Default: rebuilt from `sampler.provenance.path`, which cannot be done for
                 `DiscreteVP`; needed for raw="v_prediction" and "edm", and for `add_noise` and `scale_noise`.
             sigma_data: of the preconditioning that raw="edm" stands for.
-            num_train_timesteps: what ``len(scheduler)`` returns.
 
         Raises:
             ValueError: the table over bare outputs needs the path and it is not known, or is not finite.
@@ -100,8 +97,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 f'no finite table over "{sampler.provenance.raw}" outputs can be made on path '
                 f"{sampler.provenance.path or 'unknown'}; give the network's path: from_sampler(sampler, path=...)"
             )
-        table = {key: config[key] for key in ("times", "timesteps", "a", "b")}
-        return cls(**table, num_train_timesteps=num_train_timesteps, levels=_levels(sampler, path, sigma_data))
+        table = {key: value for key, value in config.items() if not key.startswith("_")}
+        return cls(**table, levels=_levels(sampler, path, sigma_data))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # diffusers' own signature, less what does not concern a folder

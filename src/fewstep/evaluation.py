@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._types import Field, State
-from .field import CountedField, JointField
+from .composite import CountedField, JointField
 from .sampler import Sampler
 from .trajectory import Reference
 from .trajectory import reference as solve
@@ -181,7 +181,8 @@ def measure(
             found[metric] = _from_squares(squares, metric, seed)
     parts = field.field.fields if isinstance(field.field, JointField) else ()
     chunks = squares.chunk(len(parts)) if parts else ()
-    by_condition = {part.label: float(chunk.mean().sqrt()) for part, chunk in zip(parts, chunks, strict=True)}
+    labels = _distinct([part.label for part in parts])
+    by_condition = {label: float(chunk.mean().sqrt()) for label, chunk in zip(labels, chunks, strict=True)}
     return Row(name, field.calls, field.calls * field.passes, group, found, by_condition)
 
 
@@ -228,11 +229,15 @@ def _frechet_estimate(sample: Tensor, data: Tensor | None) -> Estimate:
 
 
 def _named(samplers: Sequence[Sampler]) -> dict[str, Sampler]:
-    named: dict[str, Sampler] = {}
-    for sampler in samplers:
-        name = base = sampler.provenance.method or "sampler"
-        copy = 2
-        while name in named:
+    return dict(zip(_distinct([sampler.provenance.method or "sampler" for sampler in samplers]), samplers, strict=True))
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Number the repetitions: two prompts of one shape have the same label, and are two conditions."""
+    found: list[str] = []
+    for base in names:
+        name, copy = base, 2
+        while name in found:
             name, copy = f"{base} ({copy})", copy + 1
-        named[name] = sampler
-    return named
+        found.append(name)
+    return found

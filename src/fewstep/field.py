@@ -6,32 +6,15 @@ else.
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ._types import Field, FieldError, Prediction, Raw, State, Time
+from ._types import FieldError, Prediction, Raw, State, Time
+from .calling import Call, Clock, Condition, LogProbability, call_network, checked, cut, expand, per_sample_time, stack
 from .path import AffinePath, CondOT, DiscreteVP, _per_sample, raw_mix
-
-Condition = Mapping[str, Any]
-Call = Callable[[Callable[..., Any], Tensor, Tensor, Condition], Any]
-Clock = Callable[[Time], Time]
-LogProbability = Callable[[Tensor, Tensor], Tensor]
-
-
-def call_network(network: Callable[..., Any], x: Tensor, time: Tensor, condition: Condition) -> Any:
-    """The default `call`: ``network(x, time, **condition)``, unwrapping a ``.sample`` or a one-element tuple."""
-    output = network(x, time, **condition)
-    if hasattr(output, "sample") and isinstance(output.sample, Tensor):
-        return output.sample
-    return output[0] if isinstance(output, tuple) else output
-
-
-def flow_timestep(t: Time) -> Time:
-    """The clock of diffusers' flow models: 1000 at noise, 0 at data."""
-    return 1000.0 * (1.0 - t)
 
 
 @dataclass(frozen=True, eq=False)
@@ -261,6 +244,7 @@ class ModelField:
 
     @property
     def path(self) -> AffinePath:
+        """The model's path."""
         return self.model.path
 
     @property
@@ -303,7 +287,7 @@ class ModelField:
         if self.null is None:
             return self._ask(x, t, self.condition)
         batch = x.shape[0]
-        both = _stack(_expand(self.null, batch, x.device), _expand(self.condition, batch, x.device))
+        both = stack(expand(self.null, batch, x.device), expand(self.condition, batch, x.device))
         times = t if not isinstance(t, Tensor) or t.ndim == 0 else torch.cat([t, t])
         without, given = self._ask(torch.cat([x, x]), times, both).chunk(2)
         return torch.lerp(without, given, self.guidance)
@@ -314,19 +298,14 @@ class ModelField:
             x = x * _per_sample(raw_mix(model.path, t, model.raw, model.sigma_data)[0], x)
         weight = model.weight()
         asked = x if weight is None else x.to(weight.dtype)
-        time = _times(model.clock(t), batch, asked)
-        kwargs = _expand(condition, batch, x.device)
+        time = per_sample_time(model.clock(t), batch, asked)
+        kwargs = expand(condition, batch, x.device)
         step = model.max_batch or batch
         pieces = [
-            _checked(
-                model.call(model.network, asked[i : i + step], time[i : i + step], _slice(kwargs, i, step, batch)),
-                x,
-                step,
-                i,
-                model,
-            )
+            checked(model.call(model.network, asked[i : i + step], time[i : i + step], cut(kwargs, i, step, batch)),
+                    (min(step, batch - i), *x.shape[1:]), model.name)
             for i in range(0, batch, step)
-        ]
+        ]  # fmt: skip
         output = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
         return output.to(x.dtype)
 
@@ -335,166 +314,10 @@ class ModelField:
         assert self.classifier is not None
         with torch.enable_grad():
             leaf = x.detach().requires_grad_(True)
-            logp = self.classifier(leaf, _times(t, x.shape[0], x))
+            logp = self.classifier(leaf, per_sample_time(t, x.shape[0], x))
             (gradient,) = torch.autograd.grad(logp.sum(), leaf)
         # score = -noise / sigma; unlike the score's, the weight of the noise is finite at clean data
         p = -self.model.path.coefficients(t).sigma * self.model.path.mix(t, "noise", self.model.predicts)[0]
         if self.model.raw != "plain":
             p = p / raw_mix(self.model.path, t, self.model.raw, self.model.sigma_data)[1]
         return self.classifier_scale * _per_sample(p, x) * gradient
-
-
-def _times(t: Time, batch: int, x: Tensor) -> Tensor:
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if isinstance(t, Tensor):
-        return t.to(x.device, dtype).expand(batch)
-    return torch.full((batch,), t, dtype=dtype, device=x.device)
-
-
-def _expand(condition: Condition, batch: int, device: torch.device) -> dict[str, Any]:
-    """Give every entry the batch: integers become labels, tensors of batch 1 are repeated."""
-    out: dict[str, Any] = {}
-    for key, value in condition.items():
-        if isinstance(value, int) and not isinstance(value, bool):
-            out[key] = torch.full((batch,), value, device=device)
-        elif isinstance(value, Tensor) and value.ndim > 0:
-            if value.shape[0] not in (1, batch):
-                raise FieldError(f'condition "{key}" has batch {value.shape[0]} but the state has {batch}; give one per sample')
-            out[key] = value.to(device).expand(batch, *value.shape[1:])
-        else:
-            out[key] = value
-    return out
-
-
-def _stack(null: Condition, given: Condition) -> dict[str, Any]:
-    if null.keys() != given.keys():
-        raise FieldError(f"null and condition must have the same keys, got {sorted(null)} and {sorted(given)}")
-    for key, value in given.items():
-        if not (isinstance(value, Tensor) and value.ndim) and not (value is null[key] or str(value) == str(null[key])):
-            raise FieldError(f'null and condition differ in "{key}", which has no batch; give it as a tensor, one row per sample')
-    return {
-        key: torch.cat([null[key], value]) if isinstance(value, Tensor) and value.ndim else value
-        for key, value in given.items()
-    }
-
-
-def _slice(condition: Condition, start: int, size: int, batch: int) -> Condition:
-    if size >= batch:
-        return condition
-    return {
-        k: v[start : start + size] if isinstance(v, Tensor) and v.ndim and v.shape[0] == batch else v
-        for k, v in condition.items()
-    }
-
-
-def _checked(output: Any, x: Tensor, step: int, start: int, model: Model) -> Tensor:
-    expected = (min(step, x.shape[0] - start), *x.shape[1:])
-    if not isinstance(output, Tensor) or not output.is_floating_point():
-        got = f"{output.dtype} tensor" if isinstance(output, Tensor) else type(output).__name__
-        raise FieldError(
-            f"{model.name} must return a floating-point tensor of shape {expected}, got a {got}; see adapt(call=...)"
-        )
-    if tuple(output.shape) != expected:
-        raise FieldError(
-            f"{model.name} must return shape {expected}, got {tuple(output.shape)}; "
-            "use adapt(call=...) to pick the part that is the prediction"
-        )
-    return output
-
-
-@dataclass(eq=False)
-class JointField:
-    """Several conditions of one model side by side: the batch is cut into equal consecutive parts, one per field.
-
-    A table tuned on a joint field is tuned for all of its conditions.
-    """
-
-    fields: Sequence[ModelField]
-
-    @property
-    def path(self) -> AffinePath:
-        return self.fields[0].path
-
-    @property
-    def passes(self) -> int:
-        return max(f.passes for f in self.fields)
-
-    @property
-    def model(self) -> Model:
-        return self.fields[0].model
-
-    def __call__(self, x: State, t: Time) -> State:
-        return self.predict(x, t, "velocity")
-
-    def take(self, index: slice) -> "JointField":
-        """The field for some of the samples of every condition."""
-        return JointField([f.take(index) for f in self.fields])
-
-    def predict(self, x: State, t: Time, target: Prediction) -> State:
-        if x.shape[0] % len(self.fields):
-            raise FieldError(f"a batch of {x.shape[0]} cannot be shared equally by {len(self.fields)} conditions")
-        parts = x.chunk(len(self.fields))
-        times = t.chunk(len(parts)) if isinstance(t, Tensor) and t.ndim else [t] * len(parts)
-        return torch.cat([f.predict(part, time, target) for f, part, time in zip(self.fields, parts, times, strict=True)])
-
-
-@dataclass(eq=False)
-class CountedField:
-    """Counts what a field is asked, and stops at the first output that is not finite.
-
-    Attributes:
-        calls: field calls (NFE).
-        samples: network passes summed over the batch, the unit in which training costs are counted.
-        parent: counts along.
-    """
-
-    field: Field
-    check: bool = True
-    parent: "CountedField | None" = None
-    calls: int = field(default=0, init=False)
-    samples: int = field(default=0, init=False)
-
-    def over(self, inner: Field) -> "CountedField":
-        """A counter for another field whose calls count here too."""
-        return CountedField(inner, self.check, self)
-
-    @property
-    def path(self) -> AffinePath:
-        return self.field.path  # type: ignore[attr-defined]  # only reached through path_of, which asks hasattr first
-
-    @property
-    def passes(self) -> int:
-        return getattr(self.field, "passes", 1)
-
-    def __call__(self, x: State, t: Time) -> State:
-        return self._count(self.field(x, t), x, t)
-
-    def predict(self, x: State, t: Time, target: Prediction) -> State:
-        return self._count(self.field.predict(x, t, target), x, t)  # type: ignore[attr-defined]
-
-    def _count(self, value: Tensor, x: Tensor, t: Time) -> Tensor:
-        counter: CountedField | None = self
-        while counter is not None:
-            counter.calls += 1
-            counter.samples += x.shape[0] * self.passes
-            counter = counter.parent
-        if value.shape != x.shape:
-            raise FieldError(f"the field must return the state's shape {tuple(x.shape)}, got {tuple(value.shape)}")
-        if self.check and not bool(torch.isfinite(value).all()):
-            when = float(t) if not isinstance(t, Tensor) or t.ndim == 0 else f"{float(t.min()):g}..{float(t.max()):g}"
-            kind = "NaN" if bool(torch.isnan(value).any()) else "infinity"
-            raise FieldError(f"the network returned {kind} at call {self.calls} (counted from 1), time t = {when} (0 = noise)")
-        return value
-
-
-def path_of(f: Any) -> AffinePath | None:
-    """The path a field knows, or None for a bare function."""
-    if isinstance(f, CountedField):
-        return path_of(f.field)
-    return getattr(f, "path", None)
-
-
-def start_scale(f: Any) -> float:
-    """Standard deviation of the state at t = 0 for this field."""
-    path = path_of(f)
-    return 1.0 if path is None else path.start_scale

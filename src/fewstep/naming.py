@@ -8,8 +8,9 @@ from ._tabulate import tabulate
 from ._types import BudgetError, FewstepError, Field
 from .artifact import check_fits
 from .candidates import grids, home
+from .composite import start_scale
 from .coordinates import Coordinates
-from .field import Model, start_scale
+from .field import Model
 from .methods import registry
 from .sampler import Sampler
 from .stock import stock_samplers

@@ -39,11 +39,15 @@ class Interpolant(NamedTuple):
 class AffinePath(ABC):
     """A pair of functions alpha(t), sigma(t) with alpha rising and sigma falling; subclasses are final."""
 
-    margin: float = 1e-3
-    """How far from a singular end the network is asked at the closest (an end is singular only for some predictions)."""
+    @property
+    def margin(self) -> float:
+        """How far from a singular end the network is asked at the closest (an end is singular for some predictions only)."""
+        return 1e-3
 
-    start_scale: float = 1.0
-    """Standard deviation of the state at t = 0; a sampler multiplies standard normal noise by it."""
+    @property
+    def start_scale(self) -> float:
+        """Standard deviation of the state at t = 0; a sampler multiplies standard normal noise by it."""
+        return 1.0
 
     @abstractmethod
     def _coefficients(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -205,7 +209,11 @@ class VP(AffinePath):
 
     beta_min: float = 0.1
     beta_max: float = 20.0
-    margin = 1e-5
+
+    @property
+    def margin(self) -> float:
+        """Within it sigma is below 1e-3."""
+        return 1e-5
 
     def _coefficients(self, t):
         tau = 1.0 - t
@@ -231,6 +239,7 @@ class VE(AffinePath):
 
     @property
     def start_scale(self) -> float:
+        """Sigma at t = 0."""
         return self.sigma_max
 
     def _coefficients(self, t):
@@ -255,10 +264,12 @@ class EDM(AffinePath):
 
     @property
     def start_scale(self) -> float:
+        """Sigma at t = 0."""
         return self.sigma_max
 
     @property
     def margin(self) -> float:
+        """Where sigma is `sigma_min`."""
         return self.sigma_min / self.sigma_max
 
     def _coefficients(self, t):
@@ -292,7 +303,6 @@ class DiscreteVP(AffinePath):
             )
         self.levels = levels
         self.count = len(levels)
-        self.margin = 1.0 / self.count
         # Index k holds log alpha of timestep k - 1; the first entry is clean data.
         self.log_alpha = torch.cat([torch.zeros(1, dtype=torch.float64), levels.log() / 2])
 
@@ -305,6 +315,11 @@ class DiscreteVP(AffinePath):
 
     def __hash__(self) -> int:
         return hash(repr(self))
+
+    @property
+    def margin(self) -> float:
+        """One timestep: t = 1 - 1/T is timestep 0."""
+        return 1.0 / self.count
 
     def timestep(self, t: Time) -> Tensor:
         """The fractional timestep in [0, T - 1] that the network is asked at time `t`."""

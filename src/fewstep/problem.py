@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._types import Field
-from .field import CountedField, JointField
+from .composite import CountedField, JointField
 from .sampler import Sampler
 from .trajectory import Reference
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from .field import CountedField
+from .composite import CountedField
 
 
 @dataclass

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ._types import Field, FieldError, State, Time
+from .composite import CountedField, start_scale
 from .coordinates import Coordinates
-from .field import CountedField, start_scale
 from .grid import TimeGrid
 
 

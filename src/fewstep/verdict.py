@@ -9,8 +9,9 @@ import torch
 from . import __version__
 from ._types import Field
 from .candidates import Candidate
+from .composite import CountedField, JointField, path_of
 from .evaluation import Group, Report, Row, measure
-from .field import CountedField, JointField, Model, ModelField, path_of
+from .field import Model, ModelField
 from .problem import Problem
 from .progress import Cost
 from .sampler import Provenance, Sampler

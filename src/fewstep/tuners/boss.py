@@ -14,8 +14,8 @@ from torch import Tensor
 
 from .._tabulate import tabulate
 from .._types import BudgetError, Field, State
+from ..composite import CountedField, start_scale
 from ..coordinates import Coordinates
-from ..field import CountedField, start_scale
 from ..grid import TimeGrid
 from ..methods import ddim, euler
 from ..sampler import Sampler
@@ -64,7 +64,7 @@ def _gram(velocities: Tensor, *, per_sample: bool) -> np.ndarray:
         total = torch.zeros(count - 1, count - 1, dtype=torch.float64, device=flat.device)
         memory = flat.new_empty((count - 1) * width)
         for piece in flat.split(width, dim=1):
-            d = memory[: (count - 1) * piece.shape[1]].view(count - 1, -1)
+            d = memory[: (count - 1) * piece.shape[1]].view(count - 1, piece.shape[1])
             torch.sub(piece[1:], piece[:-1], out=d)
             total += d @ d.T
         return (total / batch).cpu().numpy()[None]

@@ -14,8 +14,8 @@ from scipy.optimize import minimize
 
 from .._tabulate import write_table
 from .._types import Field
+from ..composite import start_scale
 from ..coordinates import Coordinates
-from ..field import start_scale
 from ..grid import TimeGrid
 from ..methods import ddim, euler
 from ..problem import Problem
@@ -25,6 +25,9 @@ from .least_squares import fit
 WARPS = 3
 FAILED = 50.0
 """Objective (a logarithm) of a grid whose fit blows up."""
+
+TINY = 1e-300
+"""Error that stands for none at all, which has no logarithm."""
 
 
 def plain_table(field: Field, grid: TimeGrid) -> Sampler:
@@ -69,7 +72,7 @@ def search_grid(
             error = second.score(fitted)
         except (ValueError, ArithmeticError, RuntimeError):
             return FAILED  # knots that collapsed onto each other, or a singular system
-        value = math.log(error) if 0 < error < math.inf else FAILED
+        value = math.log(max(error, TINY)) if error < math.inf else FAILED
         if value < best[0]:
             best = (value, logs)
         return value

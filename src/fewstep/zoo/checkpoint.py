@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -22,7 +23,8 @@ from .. import __version__
 from .._disk import disk_errors, refusal, short, staged
 from .._types import Prediction
 from ..artifact import _first, _Strict, path_from_repr
-from ..field import Model, adapt, call_network
+from ..calling import call_network
+from ..field import Model, adapt
 from .network import ResidualMLP
 
 WEIGHTS = "model.safetensors"
@@ -238,7 +240,12 @@ def _storable(model: Model) -> ResidualMLP:
 
 
 def _network(config: ModelConfig, tensors: Mapping[str, Tensor], file: Path) -> ResidualMLP:
-    with torch.device("meta"):  # names and shapes without memory, so that a wrong file is refused before any is taken
+    asked, held = _fewest_bytes(config), sum(value.nbytes for value in tensors.values())
+    if asked > held:  # before that much memory is taken
+        raise refusal(
+            f"{file} does not hold this network: its weights take at least {asked} bytes, the file has {held}; {_AGAIN}"
+        )
+    with torch.random.fork_rng(devices=[]):
         network = ResidualMLP(tuple(config.shape), config.classes or 0, **config.network.model_dump())
     expected = network.state_dict()
     if expected.keys() != tensors.keys():
@@ -253,9 +260,14 @@ def _network(config: ModelConfig, tensors: Mapping[str, Tensor], file: Path) -> 
     if (bad := _not_finite(tensors)) is not None:
         raise refusal(f"{file}: weight {bad} holds NaN or infinity; {_AGAIN}")
     # Copied, not assigned: a tensor inside the file's bytes can lie at an odd address, which costs speed and exact repetition.
-    network = network.to_empty(device="cpu")
     network.load_state_dict(tensors)
     return network.eval().requires_grad_(False)
+
+
+def _fewest_bytes(config: ModelConfig) -> int:
+    """The large weights of the network that `config` describes: two in every block, one at both ends, the labels."""
+    width, size = config.network.width, math.prod(config.shape)
+    return 4 * width * (2 * config.network.blocks * width + 2 * size + (config.classes or 0))
 
 
 def _tensors(file: Path, data: bytes) -> dict[str, Tensor]:
