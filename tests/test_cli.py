@@ -5,12 +5,21 @@ import subprocess
 import sys
 import time
 
+import jaxtyping
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from fewstep import Sampler, adapt
 from fewstep.cli import main
+
+@pytest.fixture(scope="module", autouse=True)
+def _unchecked():
+    """Shape checks are for the tests of the parts; whole tunings would spend most of their time on them."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
 
 RING = "fewstep.zoo.mixtures:ring"
 

@@ -1,200 +1,359 @@
+import json
 import math
+from functools import cache
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from problems import Recorder, ShearedSpiral, SmoothNetwork, gaussian_flow, mixture, randn, rms
+from problems import SmoothNetwork, randn, rms
 
-from fewstep import CondOT, CountedField, JointField, Provenance, Report, Sampler, TimeGrid, adapt, compare, methods, reference, tabulate
-from fewstep.evaluation import Estimate, Row, _from_squares, frechet, markdown_cell, measure, squared_errors
-
-
-def plane():
-    problem = mixture(CondOT())
-    return adapt(lambda x, t: problem.velocity(x, t[0])).given()
+from fewstep import JointField, Report, Sampler, TimeGrid, adapt, compare, load, methods, reference, tabulate
+from fewstep.composite import CountedField
+from fewstep.evaluation import Estimate, Row, frechet, markdown_cell, measure
+from fewstep.trajectory import Reference
 
 
-def table(method, n) -> Sampler:
-    return tabulate(method, TimeGrid.uniform(n))
+def euler(n):
+    return tabulate(methods.euler, TimeGrid.uniform(n))
 
 
-def row(name, nfe, value, group="other", metric="rmse"):
-    return Row(name, nfe, nfe, group, {metric: Estimate(value, value, value)})
+def exploding():
+    huge = torch.tensor([[0.0], [1e308]], dtype=torch.float64)
+    return Sampler(torch.zeros(1), huge[:, 0], huge)
 
 
-def test_errors_are_root_mean_squares_to_the_solution():
-    problem, noise = gaussian_flow(CondOT()), randn(64, 3)
-    field = adapt(lambda x, t: problem.velocity(x, t[0])).given()
-    samplers = [table(methods.euler, 4), table(methods.midpoint, 4)]
-    report = compare(samplers, field, noise, reference=reference(field, noise, tol=1e-8))
-    exact = problem.solution(noise, 0.0, 1.0)
-    for sampler, found in zip(samplers, report.rows, strict=True):
-        error = rms(sampler(problem.velocity, noise) - exact)
-        assert found.metrics["rmse"].value == pytest.approx(error, rel=1e-5)
-        assert found.metrics["psnr"].value == pytest.approx(10 * math.log10(4 / error**2), abs=1e-3)
-        for estimate in found.metrics.values():
-            assert estimate.low < estimate.value < estimate.high
-    assert [(r.nfe, r.passes) for r in report.rows] == [(4, 4), (8, 8)]
-    assert report.facts["noises"] == 64
+@pytest.fixture(scope="module")
+def field():
+    return torch.no_grad()(SmoothNetwork(4))
 
 
-def test_the_reference_is_solved_where_none_is_given():
-    field, noise = plane(), randn(32, 2)
-    ours, given = compare([table(methods.heun, 3)], field, noise), compare([table(methods.heun, 3)], field, noise, reference=reference(field, noise))
-    assert ours == given
-    assert ours.facts["reference error"] <= 1e-4
-    assert ours.facts["reference nfe"] == reference(field, noise).nfe
+@pytest.fixture(scope="module")
+def noise():
+    return randn(200, 4)
 
 
-def test_a_bootstrap_interval_covers_the_true_error_about_as_often_as_it_says():
-    """Squared errors of an exponential law, whose mean is 1."""
-    covered = 0
+@pytest.fixture(scope="module")
+def solved(field, noise):
+    return reference(field, noise, tol=1e-8)
+
+
+def known_errors(scale=0.1, count=400, seed=0):
+    """A sample whose error per element is known, with the solution that it misses."""
+    return scale * randn(count, 3, seed=seed), still(count, 3)
+
+
+@cache
+def still(count, size):
+    """The solution of a field that does not move, from zero."""
+    return reference(lambda x, t: 0 * x, torch.zeros(count, size, dtype=torch.float64))
+
+
+def measured(sample, solution, **settings):
+    return measure("it", sample, solution, CountedField(lambda x, t: x), **settings)
+
+
+# The numbers
+
+
+def test_rmse_and_psnr_are_numpys(field, noise, solved):
+    tables = {"two": euler(2), "seven": euler(7)}
+    report = compare(tables, field, noise, reference=solved)
+    for row in report.rows:
+        gap = tables[row.name](field, noise).numpy() - solved.end.numpy()
+        expected = np.sqrt(np.mean(gap**2))
+        assert row.metrics["rmse"].value == pytest.approx(expected, rel=1e-12)
+        assert row.metrics["psnr"].value == pytest.approx(10 * np.log10(2.0**2 / np.mean(gap**2)), rel=1e-12)
+    assert [row.nfe for row in report.rows] == [2, 7]
+
+
+def test_the_reference_is_solved_where_none_is_given(field, noise, solved):
+    given, own = (compare([euler(3)], field, noise, reference=r).rows[0].metrics["rmse"].value for r in (solved, None))
+    assert own == pytest.approx(given, rel=1e-2)
+
+
+def test_float32_samples_are_measured_in_float64():
+    sample, solution = known_errors(1e-3)
+    single = Reference(solution.coordinates, solution.knots, solution.states.float(), solution.rates.float(), 0.0, 0)
+    gap = sample.float().double() - single.end.double()
+    assert measured(sample.float(), single).metrics["rmse"].value == pytest.approx(rms(gap), rel=1e-4)
+
+
+def test_a_perfect_sample_has_no_error_and_a_finite_psnr():
+    _, solution = known_errors()
+    metrics = measured(solution.end, solution).metrics
+    assert (metrics["rmse"].value, metrics["rmse"].low, metrics["rmse"].high) == (0.0, 0.0, 0.0)
+    assert 200 < metrics["psnr"].value < math.inf
+
+
+def test_the_bootstrap_interval_covers_the_true_error_about_as_often_as_it_says():
+    inside = 0
     for seed in range(200):
-        squares = torch.distributions.Exponential(1.0).icdf(torch.rand(100, generator=torch.Generator().manual_seed(seed)).double())
-        estimate = _from_squares(squares, "rmse", seed)
-        covered += estimate.low <= 1.0 <= estimate.high
-    assert 0.89 <= covered / 200 <= 0.99
+        sample, solution = known_errors(0.1, count=60, seed=seed)
+        rmse = measured(sample, solution, metrics=("rmse",), seed=seed).metrics["rmse"]
+        assert rmse.low < rmse.value < rmse.high
+        inside += rmse.low <= 0.1 <= rmse.high
+    assert 180 <= inside <= 199  # 190 expected; standard deviation 3.1, and resampling 60 loses a little
 
 
-def test_psnr_is_that_of_data_between_minus_one_and_one():
-    squares = torch.full((8,), 0.01, dtype=torch.float64)
-    assert _from_squares(squares, "psnr", 0).value == pytest.approx(20 * math.log10(2 / 0.1))
-    assert math.isfinite(_from_squares(torch.zeros(8, dtype=torch.float64), "psnr", 0).value)
+def test_the_interval_narrows_with_the_root_of_the_number_of_noises():
+    widths = []
+    for count in (100, 1600):
+        sample, solution = known_errors(count=count)
+        rmse = measured(sample, solution).metrics["rmse"]
+        widths.append(rmse.high - rmse.low)
+    assert widths[0] / widths[1] == pytest.approx(4.0, rel=0.35)
 
 
-def test_squared_errors_are_means_over_one_sample():
-    x, y = randn(3, 2, 5), randn(3, 2, 5, seed=1)
-    expected = [np.mean((x[i] - y[i]).numpy() ** 2) for i in range(3)]
-    assert squared_errors(x.float(), y.float()).tolist() == pytest.approx(expected, rel=1e-6)
+def test_psnr_and_rmse_have_the_same_interval():
+    sample, solution = known_errors()
+    metrics = measured(sample, solution).metrics
+    rmse, psnr = metrics["rmse"], metrics["psnr"]
+    assert psnr.low == pytest.approx(20 * math.log10(2 / rmse.high), abs=1e-3)
+    assert psnr.high == pytest.approx(20 * math.log10(2 / rmse.low), abs=1e-3)
 
 
-def test_frechet_is_the_distance_between_gaussian_fits():
-    x = randn(400, 4, seed=1) @ randn(4, 4, seed=2) + 1.0
-    y = randn(300, 4, seed=3) @ randn(4, 4, seed=4)
-    cx, cy = np.cov(x.numpy().T), np.cov(y.numpy().T)
-    root = scipy.linalg.sqrtm(cx @ cy)
-    expected = np.sum((x.mean(0) - y.mean(0)).numpy() ** 2) + np.trace(cx + cy - 2 * root.real)
-    assert frechet(x, y) == pytest.approx(expected, rel=1e-8)
-    assert frechet(x, x) == pytest.approx(0.0, abs=1e-8)
-    assert frechet(x, x + torch.tensor([3.0, 0, 0, 4.0])) == pytest.approx(25.0, rel=1e-9)
-    assert frechet(x.view(400, 2, 2), y.view(300, 2, 2)) == pytest.approx(expected, rel=1e-8), "images are flattened"
+def test_the_interval_depends_on_nothing_but_the_seed():
+    sample, solution = known_errors()
+    first, second, other = (measured(sample, solution, seed=seed).metrics["rmse"] for seed in (0, 0, 1))
+    assert first == second
+    assert first.value == other.value
+    assert first.low != other.low
 
 
-def test_samples_of_a_good_sampler_are_nearer_to_the_data():
-    problem = gaussian_flow(CondOT())
-    field = adapt(lambda x, t: problem.velocity(x, t[0])).given()
-    data = problem.mean + problem.std * randn(4000, 3, seed=9)
-    report = compare({"bad": table(methods.euler, 2), "good": table(methods.rk4, 4)}, field, randn(2000, 3), data=data, metrics=["frechet"])
-    bad, good = (r.metrics["frechet"] for r in report.rows)
-    assert good.value < 0.02 < bad.low
-    assert good.low <= good.value <= good.high
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_the_frechet_distance_is_that_of_the_matrix_root(size):
+    mixing = randn(size, size, seed=5)
+    x, y = randn(300, size, seed=1), randn(260, size, seed=2) @ mixing + 0.7
+    cx, cy = (np.atleast_2d(np.cov(z.numpy().T)) for z in (x, y))
+    root = scipy.linalg.sqrtm(cx @ cy).real
+    expected = np.sum((x.numpy().mean(0) - y.numpy().mean(0)) ** 2) + np.trace(cx + cy - 2 * root)
+    assert frechet(x, y) == pytest.approx(expected, rel=1e-9)
+    assert frechet(y, x) == pytest.approx(expected, rel=1e-9)
 
 
-def test_frechet_needs_data_of_the_right_shape_and_enough_of_it():
-    field, noise, sampler = plane(), randn(16, 2), [table(methods.euler, 2)]
+def test_the_frechet_distance_of_a_set_to_itself_is_nothing():
+    x = randn(50, 2, 3)
+    assert abs(frechet(x, x)) < 1e-9
+    assert frechet(x, x + 1.0) == pytest.approx(6.0, rel=1e-9)
+
+
+def test_frechet_is_measured_between_samples_and_data(field, noise, solved):
+    data = randn(500, 4, seed=9)
+    found = compare([euler(4)], field, noise, reference=solved, data=data, metrics=("frechet",)).rows[0].metrics
+    assert list(found) == ["frechet"]
+    estimate = found["frechet"]
+    assert estimate.value == pytest.approx(frechet(euler(4)(field, noise), data), rel=1e-12)
+    assert estimate.low < estimate.value < estimate.high
+    assert estimate.value - estimate.low == pytest.approx(estimate.high - estimate.value, rel=1e-9)
+
+
+def test_the_frechet_interval_is_as_wide_as_the_distance_scatters():
+    data = randn(4000, 2, seed=99)
+    found = []
+    for seed in range(40):
+        sample = 1.0 + randn(200, 2, seed=seed)
+        found.append(measured(sample, still(200, 2), data=data, metrics=("frechet",)).metrics["frechet"])
+    scatter = np.std([estimate.value for estimate in found])
+    assert np.mean([(e.high - e.low) / 2 for e in found]) == pytest.approx(1.96 * scatter, rel=0.35)
+
+
+# The rows
+
+
+def test_names_default_to_what_made_the_sampler_and_repeat_with_a_number(field, noise, solved):
+    tables = [euler(2), euler(2).named("mine"), euler(3), euler(4), Sampler(torch.zeros(1), torch.ones(2), torch.tensor([[0.0], [1.0]]))]
+    names = [row.name for row in compare(tables, field, noise, reference=solved).rows]
+    assert names == ["euler", "mine", "euler (2)", "euler (3)", "sampler"]
+
+
+def test_groups_are_as_given_and_other_by_default(field, noise, solved):
+    report = compare({"a": euler(2), "b": euler(3)}, field, noise, reference=solved, groups={"b": "tuned"})
+    assert {row.name: row.group for row in report.rows} == {"a": "other", "b": "tuned"}
+
+
+def test_the_report_holds_the_facts_that_a_reader_needs(field, noise, solved):
+    report = compare([euler(2)], field, noise, reference=solved, seed=3)
+    assert report.facts == {
+        "noises": 200, "reference error": solved.error, "reference nfe": solved.nfe, "bootstrap seed": 3,
+    }  # fmt: skip
+
+
+def test_guided_calls_count_two_network_passes():
+    network = lambda x, t, label: x * (label[:, None] - 1.0)  # noqa: E731
+    model = adapt(network, shape=(2,), null_label=2, classes=2)
+    noise = randn(6, 2)
+    for guidance, passes in ((1.0, 3), (2.0, 6)):
+        row = compare([euler(3)], model.given(label=0, guidance=guidance), noise).rows[0]
+        assert (row.nfe, row.passes) == (3, passes)
+
+
+def test_several_conditions_are_measured_one_by_one():
+    model = adapt(lambda x, t, label: torch.tanh(x) * label[:, None], shape=(2,), classes=4)
+    field = JointField([model.given(label=k) for k in (0, 1, 3)])
+    noise = randn(60, 2)
     solution = reference(field, noise)
-
-    def measured(data, noise=noise):
-        return compare(sampler, field, noise, reference=solution, data=data, metrics=["frechet"])
-
-    with pytest.raises(ValueError, match='metric "frechet" compares with real samples: pass data='):
-        measured(None)
-    with pytest.raises(ValueError, match=r"data must have the samples' shape \(2,\), got \(3,\)"):
-        measured(randn(16, 3))
-    with pytest.raises(ValueError, match="a Frechet distance in 2 dimensions needs more than 2 samples on both sides, got 2"):
-        measured(randn(2, 2))
+    row = compare([euler(2)], field, noise, reference=solution).rows[0]
+    gaps = (euler(2)(field, noise) - solution.end).chunk(3)
+    assert row.by_condition == {
+        "label=0": 0.0, "label=1": pytest.approx(rms(gaps[1])), "label=3": pytest.approx(rms(gaps[2])),
+    }  # fmt: skip
+    assert row.worst == row.by_condition["label=3"]
+    assert row.metrics["rmse"].value == pytest.approx(rms(torch.cat(gaps)))
+    assert row.worst > row.metrics["rmse"].value
 
 
-@pytest.mark.usefixtures("unchecked")
-def test_an_unknown_metric_is_refused():
-    with pytest.raises(ValueError, match=r"metrics are \"rmse\", \"psnr\" and \"frechet\", got \['fid'\]"):
-        compare([], SmoothNetwork(), randn(2, 3), metrics=["fid"])
+def test_one_condition_has_no_worst(field, noise, solved):
+    row = compare([euler(2)], field, noise, reference=solved).rows[0]
+    assert row.by_condition == {}
+    assert row.worst is None
 
 
-def test_calls_are_counted_at_the_field_and_doubled_by_guidance():
-    network = SmoothNetwork()
-    field = adapt(lambda x, t, label: network(x, t) * (1 + label[:, None]), null_label=1).given(0, guidance=2.0)
-    (found,) = compare([table(methods.rk4, 2)], field, randn(8, 3)).rows
-    assert (found.nfe, found.passes) == (8, 16)
+def test_a_sampler_that_blows_up_gets_a_row_that_says_so(field, noise, solved):
+    report = compare(
+        {"boom": exploding(), "fine": euler(1)}, field, noise, reference=solved,
+        data=noise, metrics=("rmse", "psnr", "frechet"),
+    )  # fmt: skip
+    boom = report.rows[0].metrics
+    assert not any(math.isfinite(boom[name].value) for name in ("rmse", "psnr", "frechet"))
+    assert report.best(1).name == "fine"
 
 
-def test_every_condition_has_its_own_error():
-    network = SmoothNetwork()
-    model = adapt(lambda x, t, label: network(x, t) * (1 + label[:, None]))
-    fields = [model.given(0), model.given(4)]
-    noise, sampler = randn(32, 3), table(methods.euler, 3)
-    (found,) = compare([sampler], JointField(fields), noise).rows
-    alone = [compare([sampler], f, part).rows[0].metrics["rmse"].value for f, part in zip(fields, noise.chunk(2), strict=True)]
-    assert list(found.by_condition) == ["label=0", "label=4"]
-    assert list(found.by_condition.values()) == pytest.approx(alone, rel=1e-2)
-    assert found.worst == found.by_condition["label=4"]
-    assert row("plain", 1, 0.5).worst is None
+# The report
 
 
-def test_conditions_that_read_alike_stay_apart():
-    network = SmoothNetwork()
-    model = adapt(lambda x, t, prompt: network(x, t) + prompt)
-    joint = JointField([model.given(condition={"prompt": randn(1, 3, seed=s)}) for s in range(3)])
-    (found,) = compare([table(methods.euler, 2)], joint, randn(12, 3)).rows
-    assert list(found.by_condition) == ["prompt=<1x3>", "prompt=<1x3> (2)", "prompt=<1x3> (3)"]
+def estimate(value):
+    return Estimate(value, value - 0.1, value + 0.1)
 
 
-def test_samplers_of_one_name_are_numbered():
-    samplers = [table(methods.euler, 2), table(methods.euler, 3), table(methods.euler, 4), table(methods.heun, 2).named("")]
-    assert [r.name for r in compare(samplers, plane(), randn(8, 2)).rows] == ["euler", "euler (2)", "euler (3)", "sampler"]
-    assert Provenance().method == ""
+def row(name, nfe, rmse, psnr=10.0, group="other", by_condition=None):
+    metrics = {"rmse": estimate(rmse), "psnr": estimate(psnr)}
+    return Row(name, nfe, 2 * nfe, group, metrics, by_condition or {})
 
 
-def test_a_diverging_sampler_is_ranked_last_and_does_not_stop_the_others():
-    wild = Sampler(torch.tensor([0.0]), torch.tensor([1.0, 1e300]), torch.tensor([[0.0], [1e300]]))
-    report = compare({"wild": wild, "tame": table(methods.euler, 1)}, plane(), 1e20 * randn(8, 2), reference=reference(plane(), randn(8, 2)))
-    assert [report.best(1, metric=metric).name for metric in ("rmse", "psnr")] == ["tame", "tame"]
-    assert [line.split(" | ")[1] for line in report.to_markdown().splitlines()[2:]] == ["tame", "wild"]
+ROWS = (
+    row("euler", 4, 0.5, 20.0, "method", {"label=1": 0.4, "label=2": 0.6}),
+    row("unipc", 4, 0.3, 25.0, "stock"),
+    row("boom", 4, math.nan, math.nan, "tuned"),
+    row("fit", 4, 0.1, 40.0, "tuned"),
+    row("infinite", 4, math.inf, -math.inf, "stock"),
+    row("euler", 8, 0.05, 50.0, "method"),
+)
+REPORT = Report("a | title", ROWS, {"noises": 7, "list": [1, 2]})
 
 
-def test_the_best_row_is_sought_among_the_asked():
-    rows = (row("a", 4, 0.3, "stock"), row("b", 4, 0.2, "tuned"), row("c", 4, 0.1, "method"), row("d", 6, 0.01), row("e", 4, math.nan))
-    report = Report("", rows)
-    assert report.best(4).name == "c"
-    assert report.best(4, "stock", "tuned").name == "b"
-    assert report.best(5) is None
-    assert report.best(4, "adaptive") is None
-    assert report.best(4, metric="psnr") is None
-    sharp = Report("", (row("a", 4, 30.0, metric="psnr"), row("b", 4, 40.0, metric="psnr"), row("c", 4, math.nan, metric="psnr")))
-    assert sharp.best(4, metric="psnr").name == "b"
+def test_the_best_row_is_that_of_the_budget_and_the_groups():
+    assert REPORT.best(4).name == "fit"
+    assert REPORT.best(4, "stock", "method").name == "unipc"
+    assert REPORT.best(4, "method").name == "euler"
+    assert REPORT.best(8) is ROWS[-1]
+    assert REPORT.best(5) is None
+    assert REPORT.best(8, "stock") is None
+    assert REPORT.best(4, metric="frechet") is None
 
 
-def test_a_report_survives_being_plain_data():
-    network = SmoothNetwork()
-    model = adapt(lambda x, t, label: network(x, t) * (1 + label[:, None]))
-    report = compare([table(methods.euler, 3)], JointField([model.given(0), model.given(1)]), randn(8, 3), groups={"euler": "method"})
-    assert Report.from_dict(report.to_dict()) == report
-    assert report.rows[0].group == "method"
+def test_the_best_psnr_is_the_largest_and_never_that_of_a_sampler_that_blew_up():
+    assert REPORT.best(4, metric="psnr").name == "fit"
+    assert REPORT.best(4, "stock", metric="psnr").name == "unipc"
+    only_bad = Report("", (ROWS[2],))
+    assert only_bad.best(4, metric="psnr").name == "boom"
 
 
-def test_markdown_lists_the_best_first_for_every_budget():
-    rows = (row("slow", 6, 0.3), row("worse", 4, 0.4), row("better", 4, 0.123456), row("lost", 4, math.nan))
+def test_the_table_has_the_best_first_within_each_budget_and_failures_last():
+    lines = REPORT.to_markdown().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert cells[0] == ["NFE", "sampler", "group", "rmse", "psnr", "worst condition (rmse)"]
+    assert set(lines[1]) == {"|", "-"}
+    assert lines[1].count("|") == lines[0].count("|")
+    assert [line[1] for line in cells[2:5]] == ["fit", "unipc", "euler"]
+    assert {line[1] for line in cells[5:7]} == {"boom", "infinite"}
+    assert cells[7][:3] == ["8", "euler", "method"]
+    assert cells[2][3] == "0.1 [0, 0.2]"
+    assert [line[5] for line in cells[2:5]] == ["", "", "0.6"]
+
+
+def test_a_table_sorted_by_psnr_has_the_largest_first():
+    rows = tuple(replace(r, metrics={"psnr": r.metrics["psnr"]}) for r in ROWS if r.nfe == 4)
+    names = [line.split("|")[2].strip() for line in Report("", rows).to_markdown().splitlines()[2:]]
+    assert names[:3] == ["fit", "unipc", "euler"]
+
+
+def test_rows_may_have_different_metrics():
+    rows = (row("a", 2, 0.2), Row("b", 2, 2, "other", {"frechet": estimate(1.0)}))
     lines = Report("", rows).to_markdown().splitlines()
-    assert lines[0] == "| NFE | sampler | group | rmse |"
-    assert lines[1].count("---|") == 4
-    assert [line.split(" | ")[1] for line in lines[2:]] == ["better", "worse", "lost", "slow"]
-    assert "0.1235 [0.1235, 0.1235]" in lines[2]
-    conditions = Row("two", 4, 4, "tuned", {"psnr": Estimate(20.0, 19.0, 21.0)}, {"label=0": 0.1, "label=1": 0.25})
-    mixed = Report("", (*rows, conditions)).to_markdown()
-    assert "worst condition (rmse)" in mixed
-    assert "| 4 | two | tuned |  | 20 [19, 21] | 0.25 |" in mixed
-    assert Report("", ()).to_markdown().startswith("| NFE | sampler | group |")
+    assert "rmse | psnr | frechet" in lines[0]
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
 
 
-def test_names_cannot_break_the_table():
-    assert markdown_cell("a | b\n<img>`*[x]") == r"a \| b \<img>\`\*\[x]"
+def test_an_empty_report_is_an_empty_table():
+    assert Report("nothing", ()).to_markdown().splitlines() == ["| NFE | sampler | group |", "|---|---|---|"]
 
 
-def test_a_row_is_measured_from_what_the_field_counted():
-    problem, noise = ShearedSpiral(), randn(16, 2)
-    counted, solution = CountedField(Recorder(problem.velocity)), reference(problem.velocity, noise, tol=1e-6)
-    sample = methods.heun(counted, TimeGrid.uniform(5), noise)
-    found = measure("mine", sample, solution, counted, group="adaptive")
-    assert (found.name, found.nfe, found.group) == ("mine", 10, "adaptive")
-    assert found.metrics["rmse"].value == pytest.approx(rms(sample - problem.solution(noise, 0.0, 1.0)), rel=1e-3)
+@pytest.mark.parametrize(("name", "shown"), [("a|b", r"a\|b"), ("<b>", r"\<b>"), ("two\nlines", "two lines"), ("`*[", r"\`\*\["), ("a\\|", "a\\\\\\|")])
+def test_a_name_cannot_break_the_table(name, shown):
+    assert markdown_cell(name) == shown
+    assert shown in Report("", (row(name, 2, 0.5),)).to_markdown().splitlines()[2]
+
+
+def same(one, other):
+    """Equality of plain data in which NaN equals itself."""
+    return repr(one) == repr(other)
+
+
+def test_a_report_survives_plain_data_with_rows_that_are_not_numbers():
+    assert same(Report.from_dict(REPORT.to_dict()), REPORT)
+
+
+def test_a_report_survives_json(field, noise, solved):
+    report = compare({"fine": euler(2), "boom": exploding()}, field, noise, reference=solved)
+    assert same(Report.from_dict(json.loads(json.dumps(report.to_dict()))), report)
+
+
+def test_numbers_may_be_words_as_in_report_json():
+    data = json.loads(json.dumps(REPORT.to_dict()), parse_constant=str)
+    assert data["rows"][2]["metrics"]["rmse"]["value"] == "NaN"
+    assert same(Report.from_dict(data).rows[2:5], ROWS[2:5])
+
+
+def test_a_report_without_conditions_is_read():
+    data = REPORT.to_dict()
+    for entry in data["rows"]:
+        del entry["by_condition"]
+    assert Report.from_dict(data).rows[0].by_condition == {}
+
+
+def test_an_estimate_reads_as_its_value_and_interval():
+    assert str(Estimate(0.12345678, 0.1, 0.15)) == "0.1235 [0.1, 0.15]"
+
+
+# What is refused
+
+
+def test_an_unknown_metric_is_refused_by_name(field, noise, unchecked):
+    with pytest.raises(ValueError, match=r'metrics are "rmse", "psnr" and "frechet", got \[\'fid\', \'mse\'\]'):
+        compare([euler(2)], field, noise, metrics=("rmse", "mse", "fid"))
+
+
+def test_frechet_without_data_is_refused(field, noise, solved):
+    with pytest.raises(ValueError, match=r'metric "frechet" compares with real samples: pass data='):
+        compare([euler(2)], field, noise, reference=solved, metrics=("frechet",))
+
+
+def test_data_of_another_shape_is_refused(field, noise, solved):
+    with pytest.raises(ValueError, match=r"data must have the samples' shape \(4,\), got \(2, 2\)"):
+        compare([euler(2)], field, noise, reference=solved, data=randn(50, 2, 2), metrics=("frechet",))
+
+
+@pytest.mark.parametrize("few", ["samples", "data"])
+def test_fewer_samples_than_dimensions_are_refused(few, field):
+    noise, data = (randn(4 if few == name else 50, 4) for name in ("samples", "data"))
+    with pytest.raises(ValueError, match="in 4 dimensions needs more than 4 samples on both sides, got 4"):
+        compare([euler(2)], field, noise, data=data, metrics=("frechet",))
+
+
+def test_the_bundled_model_can_be_compared():
+    model = load("digits")
+    noise = torch.randn(8, *model.shape, generator=torch.Generator().manual_seed(0))
+    report = compare([euler(4), euler(8)], model.given(label=3), noise)
+    assert report.rows[1].metrics["rmse"].value < report.rows[0].metrics["rmse"].value

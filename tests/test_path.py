@@ -4,7 +4,7 @@ import typing
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import gaussian_flow, randn
 
@@ -62,6 +62,7 @@ def test_time_of_log_snr_is_the_inverse_of_log_snr(path):
 
 
 @every_path
+@settings(max_examples=12)
 @given(t=st.floats(0.05, 0.95), seed=st.integers(0, 1000))
 def test_converting_there_and_back_changes_nothing(path, t, seed):
     x, value = randn(3, 4, seed=seed), randn(3, 4, seed=seed + 1)

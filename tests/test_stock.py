@@ -9,8 +9,6 @@ import torch
 from fewstep import EDM, VE, VP, CondOT, Cosine, DiscreteVP, from_diffusers
 from fewstep.stock import Stock, stock_samplers
 
-pytestmark = pytest.mark.filterwarnings("ignore:__array_:DeprecationWarning")
-
 LEVELS = (1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0)
 PATHS = {"flow": CondOT(), "vp": DiscreteVP(LEVELS), "edm": EDM()}
 

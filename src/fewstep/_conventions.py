@@ -118,6 +118,7 @@ def adapt_like(
         NotLinearError: the scheduler is not for flows, VP diffusion on discrete levels, or EDM.
 
     Example:
+        >>> import torch
         >>> from diffusers import FlowMatchEulerDiscreteScheduler
         >>> model = adapt_like(lambda x, timestep: x * timestep[:, None], FlowMatchEulerDiscreteScheduler())
         >>> model.given()(torch.ones(1, 1), 0.25)  # asked at 750, and noise - data turned into data - noise

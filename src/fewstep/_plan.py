@@ -55,7 +55,8 @@ class Plan:
 def make_plan(a: np.ndarray, b: np.ndarray) -> Plan:
     """Plan the rows of a table; a: (n+1,), b: (n+1, n)."""
     full = np.concatenate([a[:, None], b], axis=1)
-    rows = tuple(_sparsest(full, i) for i in range(len(a)))
+    with np.errstate(over="ignore", invalid="ignore"):  # a recurrence that overflows is not taken
+        rows = tuple(_sparsest(full, i) for i in range(len(a)))
     last = len(a) - 1
     # A state is live while the field looks at it, that is until the next row is made; an output is born with that row.
     last_use = {("x", -1): 0, **{("x", i): min(i + 1, last) for i in range(last + 1)}, **{("u", j): j + 1 for j in range(last)}}
@@ -71,6 +72,8 @@ def _sparsest(full: np.ndarray, i: int) -> tuple[Term, ...]:
     best = _terms([(target[0], "x", -1), *((target[1 + j], "u", j) for j in range(i))])
     for back in range(1, min(i, 5)):
         best = min(best, _continued(full, i, back) or best, key=_cost)
+        if len(best) <= 2:
+            return best
     for states in range(1, min(i, 3) + 1):
         # More outputs leave fewer equations: what fails with the most of them fails with fewer, too.
         most = min(i, 4, len(best) - 1 - states)
@@ -89,7 +92,6 @@ def _cost(terms: tuple[Term, ...]) -> tuple[int, bool]:
     return len(terms), any(term.number < 0 for term in terms)
 
 
-@np.errstate(over="ignore", invalid="ignore")  # as below
 def _continued(full: np.ndarray, i: int, back: int) -> tuple[Term, ...] | None:
     """The row as an earlier state plus outputs, if the noise has the same weight in both."""
     rest = full[i] - full[i - back]
@@ -99,7 +101,6 @@ def _continued(full: np.ndarray, i: int, back: int) -> tuple[Term, ...] | None:
     return _terms([(1.0, "x", i - back), *((rest[1 + j], "u", j) for j in range(i))])
 
 
-@np.errstate(over="ignore", invalid="ignore")  # overflow is caught below; the row as it stands is then used
 def _recurrence(full: np.ndarray, i: int, states: int, outputs: int) -> tuple[Term, ...] | None:
     """The row as a combination of the last `states` states and `outputs` outputs, if it is one."""
     target, previous = full[i], full[i - states : i]

@@ -93,7 +93,7 @@ def prepared(
             raise ValueError(f"{name}.set_timesteps takes no {key}; it takes {', '.join(taken)}")
     if not given:
         return _searched(ready, nfe, shift)
-    with _quiet():
+    with quiet():
         ready.set_timesteps(**given, **shift)
     if len(ready.timesteps) != nfe:
         raise BudgetError(f"{name} makes {len(ready.timesteps)} network calls on the given {' and '.join(given)}, not {nfe}")
@@ -106,7 +106,7 @@ def _searched(ready: Any, nfe: int, shift: Mapping[str, float]) -> Any:
     failure: Exception | None = None
     for steps in range(nfe, 0, -1):  # no scheduler makes fewer calls than steps
         try:
-            with _quiet():
+            with quiet():
                 ready.set_timesteps(steps, **shift)
         except Exception as error:  # foreign code; some cannot take so few steps
             failure = failure or error
@@ -125,7 +125,7 @@ def _searched(ready: Any, nfe: int, shift: Mapping[str, float]) -> Any:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Without the warning that diffusers hands tensors to numpy in an old way."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "__array_", DeprecationWarning)
@@ -219,7 +219,7 @@ def _drive(scheduler: Any, known: Convention) -> _Run:
         scheduler.set_begin_index(0)
     # A channel per coordinate: what looks at several values at once (a quantile) looks at all of them.
     x = start.view(1, -1, 1, 1) * float(scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else 1.0)
-    with torch.random.fork_rng(devices=[]), torch.no_grad(), _quiet(), _Doubles():
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet(), _Doubles():
         torch.manual_seed(0)
         fresh = torch.get_rng_state()
         for k, t in enumerate(steps):

@@ -92,7 +92,7 @@ def _methods(path: AffinePath, scale: float, nfe: int, boss: Mapping[int, TimeGr
             continue
         for grid_name, grid in grids(n, path, boss.get(n)).items():
             try:
-                table = write_table(method, grid, start_scale=scale)
+                table = write_table(method, grid, start_scale=scale, calls=nfe)
             except ValueError:
                 continue  # singular on this grid (a held noise prediction at alpha = 0, an infinite velocity)
             label = f"{name}@{grid_name}"

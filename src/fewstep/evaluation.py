@@ -205,7 +205,9 @@ def frechet(x: Tensor, y: Tensor) -> float:
     """Squared Frechet distance between Gaussian fits of two sets of vectors (Heusel et al., 1706.08500, eq. 6)."""
     x, y = x.flatten(1).double(), y.flatten(1).double()
     gap = (x.mean(0) - y.mean(0)).square().sum()
-    cx, cy = torch.cov(x.T), torch.cov(y.T)
+    cx, cy = (torch.cov(z.T).reshape(z.shape[1], z.shape[1]) for z in (x, y))
+    if not bool(torch.isfinite(cx).all() and torch.isfinite(cy).all()):
+        return math.nan  # a sampler that blew up has a row like any other
     values, vectors = torch.linalg.eigh(cx)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cy @ root).clamp(min=0).sqrt().sum()

@@ -68,11 +68,12 @@ class Climb:
             best = min(row.metrics["rmse"].value for row in rows)
         if self.test.solution.error > best / 10:  # a reference must be ten times better than what it judges
             self.test = self._problem(2, "test, finer", tol=best / 20)
-            rows = rows_of(self.test, chosen, self.pools)
-        with self.stages("dopri5", self.open):
+            with self.stages("final measurement", self.open):
+                rows = rows_of(self.test, chosen, self.pools)
+        with self.stages("rivals", self.open):
             rows += adaptive_rows(self.test)
-        seconds = {n: runner_up(ranked) for n, ranked in chosen.items()}
-        second_rows = {n: rows_of(self.test, {n: {c.name: c}}, {n: []})[0] for n, c in seconds.items() if c is not None}
+            seconds = {n: runner_up(ranked) for n, ranked in chosen.items()}
+            second_rows = {n: rows_of(self.test, {n: {c.name: c}}, {n: []})[0] for n, c in seconds.items() if c is not None}
         facts = self._facts() | {"summary": summary(rows, chosen, second_rows)}
         report = Report(f"few-step samplers for {facts['model']}", tuple(rows), facts)
         samplers = {}
@@ -129,9 +130,10 @@ class Climb:
 
     def _choose(self, n: int, boss: Mapping[int, TimeGrid]) -> dict[str, Candidate]:
         """All finalists of one budget, best first on the selection noise; ties keep the earlier, simpler one."""
-        self.pools[n] = candidates(self.open, n, boss)
-        pool = {c.name: c for c in self.pools[n]}
-        with self.stages(f"search, NFE {n}", self.open, len(pool)) as stage:
+        with self.stages(f"search, NFE {n}", self.open) as stage:
+            self.pools[n] = candidates(self.open, n, boss)
+            pool = {c.name: c for c in self.pools[n]}
+            stage.expect(len(pool))
             scores = self.journal.get(f"search-{n}", lambda: self._search(pool, stage))
         finalists = {name: pool[name] for name in scores if name in pool}
         if self.effort == "fit":

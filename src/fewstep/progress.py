@@ -25,6 +25,11 @@ class Stage:
     def __init__(self, bar: object = None, task: object = None) -> None:
         self._bar, self._task = bar, task
 
+    def expect(self, pieces: int) -> None:
+        """How many pieces there will be, where that was not known at the start."""
+        if self._bar is not None:
+            self._bar.update(self._task, total=pieces)  # type: ignore[attr-defined]  # as below
+
     def tick(self) -> None:
         """One more piece is done."""
         if self._bar is not None:

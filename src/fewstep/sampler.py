@@ -3,6 +3,7 @@
 x_i = a_i x_0 + sum_{j<i} b_ij u_j        u_j = u(x_j, t_j)        i = 0 ... n      x_n is the sample, n the NFE
 """
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -155,7 +156,13 @@ class Sampler:
 
     def named(self, method: str) -> "Sampler":
         """The same table under another method name."""
-        return replace(self, provenance=replace(self.provenance, method=method))
+        return self.with_provenance(replace(self.provenance, method=method))
+
+    def with_provenance(self, provenance: Provenance) -> "Sampler":
+        """The same table with another story; the numbers are neither copied nor looked at again."""
+        same = copy.copy(self)
+        object.__setattr__(same, "provenance", provenance)
+        return same
 
     def rebase(self, path: AffinePath, target: Prediction) -> "Sampler":
         """The same sampler over another prediction of the network: equal samples, other numbers.

@@ -13,8 +13,9 @@ from typing import Any, Literal
 
 import torch
 
+from ._conventions import convention
 from ._types import BudgetError, NotLinearError
-from ._unit_vectors import as_table, convention, prepared
+from ._unit_vectors import as_table, prepared, quiet
 from .path import EDM, AffinePath, CondOT, DiscreteVP
 from .sampler import Sampler
 
@@ -200,10 +201,11 @@ def _schedulers(path: AffinePath) -> tuple[tuple[_Row, Any], ...]:
     """Kept between budgets: some take half a second to construct."""
     rows, shared = _fitting(path)
     homes = [import_module(f"diffusers.schedulers.{row.module}") for row in rows]
-    return tuple(
-        (row, getattr(home, f"{row.scheduler}Scheduler")(**shared, **row.settings))
-        for row, home in zip(rows, homes, strict=True)
-    )
+    with quiet():
+        made = [
+            getattr(home, f"{row.scheduler}Scheduler")(**shared, **row.settings) for row, home in zip(rows, homes, strict=True)
+        ]
+    return tuple(zip(rows, made, strict=True))
 
 
 def _fitting(path: AffinePath) -> tuple[tuple[_Row, ...], dict[str, Any]]:

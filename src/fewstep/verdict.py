@@ -127,7 +127,7 @@ def finished(sampler: Sampler, field: Field, row: Row, facts: Mapping[str, Any],
         measured=measured,
     )
     if model is None:
-        return replace(sampler, provenance=provenance)
+        return sampler.with_provenance(provenance)
     # The field asks its network inside this span; at these times the two predictions determine each other.
     times = sampler.times.clamp(*model.path.span(model.predicts))
     native = replace(sampler, times=times).rebase(model.path, model.predicts)

@@ -6,7 +6,8 @@ import torch
 from methods.published import Schedule, singlestep
 from problems import Recorder, ShearedSpiral, mixture, randn, rms, slope
 
-from fewstep import VP, BudgetError, CondOT, TimeGrid, methods, tabulate
+from fewstep import VP, BudgetError, CondOT, TimeGrid, methods
+from fewstep._tabulate import write_table
 
 PAIRS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
 every_pair = pytest.mark.parametrize(("k", "l"), PAIRS)
@@ -63,10 +64,10 @@ def higher_order(schedule, predict, g, x, k, l, order, plus):
 @every_pair
 @pytest.mark.parametrize("frozen", ["velocity", "noise", "data"])
 @pytest.mark.parametrize("path", [CondOT(), VP()], ids=["CondOT", "VP"])
-def test_every_budget_is_spent_as_published(path, frozen, k, l):
+def test_the_steps_are_the_published_ones(path, frozen, k, l):
     problem, schedule, noise = mixture(path), Schedule(path), randn(3, 2)
     method = methods.pfdiff(k, l, methods.ddim(path), frozen)
-    for calls in range(1, 21):
+    for calls in (1, 2, 3, 5, 8, 20):
         fine = calls * (k + 1) - k
         assert method.intervals(calls) == fine
         grid = TimeGrid.power(fine, 1.2)
@@ -84,10 +85,15 @@ def test_every_budget_is_spent_as_published(path, frozen, k, l):
 
 
 @every_pair
-def test_the_whole_interval_is_covered(k, l):
+def test_every_budget_is_spent_in_full_and_the_end_is_reached(k, l):
     for calls in range(1, 21):
-        sampler = tabulate(methods.pfdiff(k, l), TimeGrid.uniform(calls * (k + 1) - k))
-        assert float(sampler.b[-1].sum()) == pytest.approx(1.0, abs=1e-12)
+        method = methods.pfdiff(k, l)
+        grid = TimeGrid.power(method.intervals(calls), 1.2)
+        sampler = write_table(method, grid)
+        assert sampler.nfe == calls
+        assert float(sampler.b[-1].sum()) == pytest.approx(1.0, abs=1e-12), "a unit velocity must carry from 0 to 1"
+        ahead = [0, *(1 + (j - 1) * (k + 1) + l for j in range(1, calls))]  # the knots of the FLUX variant's timesteps
+        assert sampler.times.tolist() == grid.knots[ahead].tolist()
 
 
 @every_pair
