@@ -150,7 +150,7 @@ def test_a_network_that_predicts_noise_gets_a_table_over_its_own_output_and_cloc
     assert line["ratio"] < 0.8, line
     field, noise = model.given(), draw((64, 2), 0, 2)
     error = rmse(sampler(field, noise), reference(field, noise, tol=1e-5).end)
-    assert error == pytest.approx(line["tuned_rmse"], rel=0.05)
+    assert error == pytest.approx(line["tuned_rmse"], rel=0.15)  # two references, each within a tenth
 
 
 class Interrupted(Exception):

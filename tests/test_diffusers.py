@@ -391,6 +391,8 @@ def test_the_path_that_a_raw_table_needs():
     with pytest.raises(ValueError, match=r'no finite table over "v_prediction" outputs .* from_sampler\(sampler, path=...\)'):
         TableScheduler.from_sampler(sampler)
     TableScheduler.from_sampler(sampler, path=DiscreteVP(scheduler.alphas_cumprod))
+    with pytest.raises(ValueError, match=r"made for DiscreteVP.*, got path=CondOT\(\)"):
+        TableScheduler.from_sampler(sampler, path=CondOT())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

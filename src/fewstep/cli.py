@@ -24,6 +24,7 @@ app = App(
     help="The best few-step sampler that a flow or diffusion model allows, as a small file of numbers.",
     version=__version__,
     default_parameter=Parameter(negative=()),
+    suppress_keyboard_interrupt=False,  # `main` tells how to go on
 )
 
 NOISES = 256

@@ -89,13 +89,17 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             sigma_data: of the preconditioning that raw="edm" stands for.
 
         Raises:
-            ValueError: the table over bare outputs needs the path and it is not known, or is not finite.
+            ValueError: the table over bare outputs needs the path and it is not known, or is not finite; or `path` is not
+                the sampler's.
         """
+        known = sampler.provenance.path
+        if path is not None and known not in ("", repr(path)):
+            raise ValueError(f"this sampler was made for {known}, got path={path!r}")
         config = scheduler_config(sampler, path=path, sigma_data=sigma_data)
         if config is None:
             raise ValueError(
                 f'no finite table over "{sampler.provenance.raw}" outputs can be made on path '
-                f"{sampler.provenance.path or 'unknown'}; give the network's path: from_sampler(sampler, path=...)"
+                f"{known or 'unknown'}; give the network's path: from_sampler(sampler, path=...)"
             )
         table = {key: value for key, value in config.items() if not key.startswith("_")}
         return cls(**table, levels=_levels(sampler, path, sigma_data))

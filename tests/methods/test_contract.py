@@ -80,6 +80,7 @@ def test_the_declared_order_is_the_measured_one(path, method):
 
 
 @every_method()
+@pytest.mark.usefixtures("unchecked")
 def test_the_declared_number_of_calls_is_the_counted_one(path, method):
     possible = [n for n in range(1, 14) if method.calls(n) is not None][:4]
     for n in possible:
@@ -98,6 +99,7 @@ def test_an_impossible_budget_is_refused_with_the_nearest_possible_ones(path, me
 
 
 @every_method()
+@pytest.mark.usefixtures("unchecked")
 def test_turning_the_space_turns_the_samples(path, method):
     turn, _ = torch.linalg.qr(randn(3, 3, seed=5))
     field, grid, noise = SmoothNetwork(), uneven_grid(method), randn(4, 3) * path.start_scale
@@ -124,6 +126,7 @@ def test_a_network_in_low_precision_keeps_a_float32_state_and_no_graph(path, met
 
 
 @every_method("CondOT", "VP")
+@pytest.mark.usefixtures("unchecked")
 def test_a_gradient_reaches_the_noise_when_it_is_asked_for(path, method):
     field, grid = SmoothNetwork(), uneven_grid(method, calls=3)
     leaf, twin = (randn(2, 3).requires_grad_(True) for _ in range(2))

@@ -84,6 +84,7 @@ def test_the_steps_are_the_published_ones(path, frozen, k, l):
         np.testing.assert_allclose(sample.numpy(), expected, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.usefixtures("unchecked")
 @every_pair
 def test_every_budget_is_spent_in_full_and_the_end_is_reached(k, l):
     for calls in range(1, 21):
@@ -96,6 +97,7 @@ def test_every_budget_is_spent_in_full_and_the_end_is_reached(k, l):
         assert sampler.times.tolist() == grid.knots[ahead].tolist()
 
 
+@pytest.mark.usefixtures("unchecked")
 @every_pair
 @pytest.mark.parametrize("plus", [True, False], ids=["data", "noise"])
 @pytest.mark.parametrize("order", [2, 3])
