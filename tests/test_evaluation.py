@@ -1,18 +1,18 @@
 import json
 import math
-from functools import cache
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from problems import SmoothNetwork, randn, rms
 
 from fewstep import JointField, Report, Sampler, TimeGrid, adapt, compare, load, methods, reference, tabulate
 from fewstep.composite import CountedField
 from fewstep.evaluation import Estimate, Row, frechet, markdown_cell, measure
 from fewstep.trajectory import Reference
+from problems import SmoothNetwork, randn, rms
 
 
 def euler(n):
@@ -163,7 +163,13 @@ def test_the_frechet_interval_is_as_wide_as_the_distance_scatters():
 
 
 def test_names_default_to_what_made_the_sampler_and_repeat_with_a_number(field, noise, solved):
-    tables = [euler(2), euler(2).named("mine"), euler(3), euler(4), Sampler(torch.zeros(1), torch.ones(2), torch.tensor([[0.0], [1.0]]))]
+    tables = [
+        euler(2),
+        euler(2).named("mine"),
+        euler(3),
+        euler(4),
+        Sampler(torch.zeros(1), torch.ones(2), torch.tensor([[0.0], [1.0]])),
+    ]
     names = [row.name for row in compare(tables, field, noise, reference=solved).rows]
     assert names == ["euler", "mine", "euler (2)", "euler (3)", "sampler"]
 
@@ -290,7 +296,10 @@ def test_an_empty_report_is_an_empty_table():
     assert Report("nothing", ()).to_markdown().splitlines() == ["| NFE | sampler | group |", "|---|---|---|"]
 
 
-@pytest.mark.parametrize(("name", "shown"), [("a|b", r"a\|b"), ("<b>", r"\<b>"), ("two\nlines", "two lines"), ("`*[", r"\`\*\["), ("a\\|", "a\\\\\\|")])
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("a|b", r"a\|b"), ("<b>", r"\<b>"), ("two\nlines", "two lines"), ("`*[", r"\`\*\["), ("a\\|", "a\\\\\\|")],
+)
 def test_a_name_cannot_break_the_table(name, shown):
     assert markdown_cell(name) == shown
     assert shown in Report("", (row(name, 2, 0.5),)).to_markdown().splitlines()[2]

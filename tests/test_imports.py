@@ -155,7 +155,18 @@ def loaded_by(code, *names):
     return subprocess.run([sys.executable, "-c", watch], capture_output=True, text=True, check=True).stdout.split()
 
 
-HEAVY = ("diffusers", "transformers", "accelerate", "scipy", "matplotlib", "pydantic", "sklearn", "jinja2", "rich", "torchdiffeq")
+HEAVY = (
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "scipy",
+    "matplotlib",
+    "pydantic",
+    "sklearn",
+    "jinja2",
+    "rich",
+    "torchdiffeq",
+)
 
 
 def test_importing_fewstep_loads_nothing_heavy():

@@ -397,3 +397,9 @@ def test_a_raw_table_that_depends_on_the_path_needs_one():
         euler_table().raw_table(None, "edm")
     a, b = euler_table().raw_table(None, "negated")
     assert torch.equal(b, -euler_table().b)
+
+
+def test_numbers_near_the_end_of_the_range_are_planned_without_overflow():
+    sampler = Sampler(torch.linspace(0, 0.9, 5), 1e155 * randn(6, seed=8), 1e155 * randn(6, 5, seed=9).tril(-1))
+    field, noise = (lambda x, t: torch.tanh(1e-155 * x)), randn(2, 3)
+    torch.testing.assert_close(sampler(field, noise), dense(sampler, field, noise)[-1], rtol=1e-10, atol=0)

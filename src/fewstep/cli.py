@@ -321,6 +321,15 @@ def _writable(folder: Path) -> None:
     probe.unlink()
 
 
+def _config_file(words: Sequence[str]) -> str:
+    """What follows --config, or its = sign; nothing where it is not given."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name == "--config":
+            return value or following
+    return ""
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: errors that a user can mend are one line and exit 1, Ctrl-C is exit 130."""
     # Idle OpenMP threads that spin slow everything else on a shared machine (and torch itself beside another process).
@@ -329,10 +338,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if "--config" in words and words[0] == "tune":
-            at = words.index("--config")
-            if at + 1 < len(words):
-                words[1:1] = as_flags({k: v for k, v in settings_in(Path(words[at + 1])).items() if f"--{k}" not in words})
+        if words[:1] == ["tune"] and (file := _config_file(words)):
+            given = {word.partition("=")[0] for word in words}
+            words[1:1] = as_flags({k: v for k, v in settings_in(Path(file)).items() if f"--{k}" not in given})
         app(words)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on from here", file=sys.stderr)

@@ -70,7 +70,7 @@ def settings_in(path: Path) -> dict[str, Any]:
         ValueError: unreadable, or an unknown key (the nearest one is suggested).
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
@@ -95,9 +95,9 @@ def as_flags(settings: dict[str, Any]) -> list[str]:
             words += [f"--{key}"] if value else []
         elif key == "condition":
             for entry in value if isinstance(value, list) else [value]:
-                words += ["--condition", str(entry)]
+                words.append(f"--condition={entry}")
         else:
-            words += [f"--{key}", ",".join(map(str, value)) if isinstance(value, list) else str(value)]
+            words.append(f"--{key}=" + (",".join(map(str, value)) if isinstance(value, list) else str(value)))
     return words
 
 
@@ -110,7 +110,7 @@ def parse_conditions(condition: tuple[str, ...], guidance: tuple[float, ...]) ->
     parsed = []
     for text in condition:
         key, _, value = text.partition("=")
-        if key.strip() != "label" or not value.strip().isdigit():
+        if key.strip() != "label" or not value.strip().isdecimal():
             raise ValueError(
                 f'a condition is written label=3, got "{text}"; for other conditions use Python: tune(conditions=[...])'
             )
@@ -124,6 +124,8 @@ def to_toml(config: TuneConfig) -> str:
     """The settings as a TOML file that ``--config`` reads back."""
 
     def value(v: object) -> str:
-        return json.dumps(list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v)
+        plain = list(v) if isinstance(v, tuple) else str(v) if isinstance(v, Path) else v
+        # TOML writes text as JSON does, but for pairs of surrogates and the delete character.
+        return json.dumps(plain, ensure_ascii=False).replace("\x7f", "\\u007f")
 
     return "\n".join(f"{f.name} = {value(getattr(config, f.name))}" for f in fields(config)) + "\n"

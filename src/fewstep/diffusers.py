@@ -86,7 +86,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
             sampler: `sampler.provenance.raw` says what the pipeline's network returns, `sampler.clock` what it is handed.
             path: the path of that network. Default: rebuilt from `sampler.provenance.path`, which cannot be done for
                 `DiscreteVP`; needed for raw="v_prediction" and "edm", and for `add_noise` and `scale_noise`.
-            sigma_data: of the preconditioning that raw="edm" stands for.
+            sigma_data: of the preconditioning that raw="edm" stands for; default: the sampler's provenance.
 
         Raises:
             ValueError: the table over bare outputs needs the path and it is not known, or is not finite; or `path` is not
@@ -125,7 +125,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                     f"{folder} has no {SCHEDULER}: its table over bare outputs needs the network's path; use "
                     "TableScheduler.from_sampler(Sampler.load(directory), path=...)"
                 )
-            kwargs = {"levels": _levels(sampler, None, 0.5), **kwargs}
+            kwargs = {"levels": _levels(sampler, None, None), **kwargs}
         return super().from_pretrained(
             str(pretrained_model_name_or_path), subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
         )
@@ -304,11 +304,12 @@ def _version(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def _levels(sampler: Sampler, path: AffinePath | None, sigma_data: float) -> list[list[float]] | None:
+def _levels(sampler: Sampler, path: AffinePath | None, sigma_data: float | None) -> list[list[float]] | None:
     """Data and noise weights of the network's input at every call; None if the path is not known."""
     path = path or path_from_repr(sampler.provenance.path)
     if path is None:
         return None
-    scale = raw_mix(path, sampler.times, sampler.provenance.raw, sigma_data)[0]
+    made = sampler.provenance
+    scale = raw_mix(path, sampler.times, made.raw, made.sigma_data if sigma_data is None else sigma_data)[0]
     alpha, sigma, *_ = path.coefficients(sampler.times)
     return torch.stack([scale * alpha, scale * sigma], dim=1).tolist()

@@ -171,9 +171,11 @@ class Climb:
         knots = self.journal.get(
             f"grid-{n}", lambda: search_grid(self.fitting, first, warps=WARPS, knots=KNOTS, tick=stage.tick).knots.tolist()
         )
-        for name, table in ((f"searched from {family}", plain_table(self.open, TimeGrid(knots))), (family, starts[family])):
-            for ridge in RIDGES:
-                yield self._fitted(f"fit({name}), ridge {ridge:g}", n, table, ridge)
+        yield self._fitted(f"fit({family}, searched)", n, plain_table(self.open, TimeGrid(knots)), RIDGES[0])
+        stage.tick()
+        for name, table in ((f"{family}, searched", plain_table(self.open, TimeGrid(knots))), (family, starts[family])):
+            for ridge in RIDGES[1:]:
+                yield self._fitted(f"fit({name}; ridge {ridge:g})", n, table, ridge)
                 stage.tick()
 
     def _fitted(self, name: str, n: int, start: Sampler, ridge: float) -> tuple[Candidate, float]:

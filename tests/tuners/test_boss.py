@@ -6,15 +6,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Recorder, SmoothNetwork, randn
 
 from fewstep import EDM, VP, BudgetError, CountedField, FieldError, TimeGrid, methods, record, tabulate
-from fewstep.coordinates import Coordinates
 from fewstep.composite import start_scale
+from fewstep.coordinates import Coordinates
 from fewstep.trajectory import Trajectory
 from fewstep.tuners import Boss, boss
 from fewstep.tuners.boss import bellman, truncation_errors
 from fewstep.zoo.mixtures import mixture
+from problems import Recorder, SmoothNetwork, randn
 
 
 def uneven_knots(n, seed=0):

@@ -1,15 +1,15 @@
 import pytest
 import torch
-from problems import SmoothNetwork, randn
 
 from fewstep import EDM, VP, CountedField, TimeGrid, methods, reference, tabulate
 from fewstep.candidates import angle_grid
-from fewstep.coordinates import Coordinates
 from fewstep.composite import start_scale
+from fewstep.coordinates import Coordinates
 from fewstep.problem import Problem
 from fewstep.tuners.grid_search import plain_table, search_grid
 from fewstep.tuners.least_squares import fit
 from fewstep.zoo.mixtures import mixture
+from problems import SmoothNetwork, randn
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # thousands of field calls
 

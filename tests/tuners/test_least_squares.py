@@ -4,7 +4,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from problems import Recorder, SmoothNetwork, randn, rms
 
 from fewstep import (
     EDM,
@@ -22,11 +21,14 @@ from fewstep import (
     tabulate,
 )
 from fewstep.candidates import angle_grid
-from fewstep.coordinates import Coordinates
 from fewstep.composite import start_scale
+from fewstep.coordinates import Coordinates
 from fewstep.problem import Problem
 from fewstep.tuners import Boss, LeastSquares, least_squares
 from fewstep.tuners.least_squares import fit
+from problems import Recorder, SmoothNetwork, randn, rms
+
+pytestmark = pytest.mark.usefixtures("unchecked")  # thousands of field calls
 
 
 def smooth_field(seed):
@@ -38,9 +40,7 @@ def smooth_field(seed):
 def cloud(path=None, dimensions=6, seed=0):
     from fewstep.zoo.mixtures import mixture
 
-    return mixture(
-        1.2 * randn(5, dimensions, seed=seed), torch.full((dimensions,), 0.05, dtype=torch.float64), path
-    ).given()
+    return mixture(1.2 * randn(5, dimensions, seed=seed), torch.full((dimensions,), 0.05, dtype=torch.float64), path).given()
 
 
 def uniform_euler(n):
@@ -61,7 +61,9 @@ def kept_aside(field, noise, share=0.25):
 
 
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("base", [None, uniform_euler(4), tabulate(methods.midpoint, TimeGrid.uniform(2))], ids=["boss", "euler", "midpoint"])
+@pytest.mark.parametrize(
+    "base", [None, uniform_euler(4), tabulate(methods.midpoint, TimeGrid.uniform(2))], ids=["boss", "euler", "midpoint"]
+)
 def test_a_fit_to_a_smooth_network_is_better_than_its_start_on_fresh_noise(base, seed):
     field, noise, fresh = smooth_field(seed), randn(96, 4, seed=seed + 50), randn(256, 4, seed=seed + 90)
     start = base or Boss()(field, noise, nfe=4)
@@ -96,7 +98,7 @@ def test_a_fit_to_a_mixture_is_much_better_than_boss_on_fresh_noise(nfe, seed):
     assert error(fitted, field, fresh) < 0.9 * error(boss, field, fresh)
 
 
-def test_a_fit_to_the_bundled_model_is_less_than_half_as_wrong_as_boss(unchecked):
+def test_a_fit_to_the_bundled_model_is_less_than_half_as_wrong_as_boss():
     model = load("digits")
     field = model.given(torch.arange(48) % 10)
     noise, fresh = (randn(48, *model.shape, seed=seed, dtype=torch.float32) for seed in (0, 1))
@@ -130,7 +132,7 @@ def test_tuning_again_gives_the_same_numbers(dtype):
     assert torch.equal(first.b, second.b)
 
 
-def test_the_fit_for_several_conditions_serves_each_of_them(unchecked):
+def test_the_fit_for_several_conditions_serves_each_of_them():
     model = load("digits")
     field = JointField([model.given(label=3), model.given(label=8, guidance=2.0)])
     noise, fresh = (randn(48, *model.shape, seed=seed, dtype=torch.float32) for seed in (0, 1))
