@@ -11,10 +11,10 @@ from jaxtyping import install_import_hook
 
 install_import_hook("fewstep", "typechecker.check")
 
-import hypothesis
-import jaxtyping
-import pytest
-import torch
+import hypothesis  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("fewstep", deadline=None, derandomize=True, database=None, max_examples=40)

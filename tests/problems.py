@@ -28,7 +28,7 @@ class GaussianFlow:
 
     def data(self, x, t):
         """E[x1 | x_t = x]."""
-        alpha, sigma, _, _ = self.path.coefficients(t)
+        alpha = self.path.coefficients(t).alpha
         return self.mean + alpha * self.std**2 / self.spread(t) ** 2 * (x - alpha * self.mean)
 
     def velocity(self, x, t):

@@ -10,7 +10,10 @@ import torch
 
 import fewstep
 
-MODULES = ["fewstep", *sorted(m.name for m in pkgutil.walk_packages(fewstep.__path__, "fewstep.") if not m.name.endswith("__main__"))]
+MODULES = [
+    "fewstep",
+    *sorted(m.name for m in pkgutil.walk_packages(fewstep.__path__, "fewstep.") if not m.name.endswith("__main__")),
+]
 
 
 def examples():

@@ -3,11 +3,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import GaussianFlow, Recorder, SmoothNetwork, gaussian_flow, randn
 from torch import nn
 
 from fewstep import EDM, VE, VP, CondOT, Cosine, CountedField, DiscreteVP, FieldError, JointField, adapt, flow_timestep
 from fewstep.composite import path_of, start_scale
+from problems import GaussianFlow, Recorder, SmoothNetwork, gaussian_flow, randn
 
 LEVELS = torch.linspace(0.9999, 0.003, 400)
 PATHS = [CondOT(), Cosine(), VP(), VE(), EDM(), DiscreteVP(LEVELS)]
@@ -172,7 +172,12 @@ def test_guidance_is_its_formula_in_one_doubled_batch(label, guidance):
     assert field.passes == 2
     assert model.given(label).passes == 1
     times = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5], dtype=torch.float64)
-    each = torch.cat([model.given(int(torch.as_tensor(label).expand(5)[i]), guidance=guidance)(x[i : i + 1], float(times[i])) for i in range(5)])
+    each = torch.cat(
+        [
+            model.given(int(torch.as_tensor(label).expand(5)[i]), guidance=guidance)(x[i : i + 1], float(times[i]))
+            for i in range(5)
+        ]
+    )
     torch.testing.assert_close(field(x, times), each)
 
 
@@ -189,7 +194,9 @@ def test_guidance_of_any_prediction_is_guidance_of_the_velocity(path, raw, predi
 
 def test_conditions_reach_the_network_one_row_per_sample():
     seen = Seen(lambda x, t, **condition: x)
-    adapt(seen).given(condition={"prompt": randn(1, 7), "mask": randn(4, 2), "flag": True, "level": 3, "none": None})(randn(4, 3), 0.5)
+    adapt(seen).given(condition={"prompt": randn(1, 7), "mask": randn(4, 2), "flag": True, "level": 3, "none": None})(
+        randn(4, 3), 0.5
+    )
     condition = seen.conditions[0]
     assert condition["prompt"].shape == (4, 7)
     assert condition["mask"].shape == (4, 2)
@@ -218,7 +225,7 @@ def test_a_classifier_turns_the_prior_into_the_posterior(path, raw, predicts, t)
     posterior = GaussianFlow(path, (prior.mean / prior.std**2 + y / spread**2) / precision, precision**-0.5)
 
     def log_probability(x, times):
-        alpha, sigma, _, _ = path.coefficients(column(times))
+        sigma = path.coefficients(column(times)).sigma
         left = (prior.std * sigma) ** 2 / prior.spread(column(times)) ** 2  # variance of x1 given x_t
         return torch.distributions.Normal(prior.data(x, column(times)), (left + spread**2).sqrt()).log_prob(y).sum(1)
 
@@ -241,7 +248,9 @@ def test_a_classifier_turns_the_prior_into_the_posterior(path, raw, predicts, t)
     expected = posterior.velocity(x, asked)
     torch.testing.assert_close(field(x, t), expected, rtol=1e-6, atol=1e-6 * float(expected.abs().max()))
     doubled = model.given(classifier=log_probability, classifier_scale=2.0)(x, t)
-    torch.testing.assert_close(doubled - field(x, t), field(x, t) - model.given()(x, asked), rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(
+        doubled - field(x, t), field(x, t) - model.given()(x, asked), rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+    )
     assert not field(x, t).requires_grad
 
 
@@ -379,7 +388,10 @@ def test_a_joint_field_gives_every_condition_its_part_of_the_batch():
     x = randn(6, 3)
     for t in (0.4, torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], dtype=torch.float64)):
         times = t.chunk(3) if isinstance(t, torch.Tensor) else [t] * 3
-        for ask, asked in ((joint, fields), (lambda x, t: joint.predict(x, t, "data"), [lambda x, t, f=f: f.predict(x, t, "data") for f in fields])):
+        for ask, asked in (
+            (joint, fields),
+            (lambda x, t: joint.predict(x, t, "data"), [lambda x, t, f=f: f.predict(x, t, "data") for f in fields]),
+        ):
             expected = torch.cat([f(part, when) for f, part, when in zip(asked, x.chunk(3), times, strict=True)])
             assert torch.equal(ask(x, t), expected)
     assert joint.path == CondOT()

@@ -1,4 +1,5 @@
 import ast
+import itertools
 import re
 import subprocess
 import sys
@@ -118,7 +119,7 @@ def test_the_list_is_that_of_the_architecture_page():
     rows = [re.findall(r"`(\w+)/?`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
     places = [[LOWEST_FIRST.index(name) for name in row] for row in rows]
     assert sorted(place for row in places for place in row) == list(range(len(LOWEST_FIRST)))
-    assert all(max(low) < min(high) for low, high in zip(places, places[1:], strict=False))
+    assert all(max(low) < min(high) for low, high in itertools.pairwise(places))
 
 
 @pytest.mark.parametrize(

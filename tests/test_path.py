@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from problems import gaussian_flow, randn
 
 from fewstep import EDM, VE, VP, CondOT, Cosine, DiscreteVP
 from fewstep._types import Prediction
 from fewstep.path import raw_mix
+from problems import gaussian_flow, randn
 
 LEVELS = torch.linspace(0.9999, 0.002, 50, dtype=torch.float64)
 PATHS = [CondOT(), Cosine(), VP(), VP(0.5, 9.0), VE(), VE(0.05, 10.0), EDM(), EDM(0.01, 5.0), DiscreteVP(LEVELS)]
@@ -137,7 +137,9 @@ def test_the_span_is_where_a_prediction_determines_the_velocity(path, source, sp
 
 def test_a_prediction_that_leaves_another_open_says_where_to_ask_instead():
     x = torch.ones(1, 2)
-    message = r"at t = 1 on CondOT\(\) the data prediction and the state do not determine the velocity; ask inside \(0.0, 0.999\)"
+    message = (
+        r"at t = 1 on CondOT\(\) the data prediction and the state do not determine the velocity; ask inside \(0.0, 0.999\)"
+    )
     with pytest.raises(ValueError, match=message):
         CondOT().convert(x, x, 1.0, source="data", target="velocity")
     with pytest.raises(ValueError, match=r"at t = 0 .* the noise prediction and the state do not determine the data"):

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import Recorder, SmoothNetwork, mixture, randn
 
 from fewstep import EDM, VP, CondOT, CountedField, FieldError, Provenance, Sampler, TimeGrid, adapt, methods, tabulate
 from fewstep._plan import Stepper, make_plan
 from fewstep.path import raw_mix
 from fewstep.sampler import substitute
+from problems import Recorder, SmoothNetwork, mixture, randn
 
 
 def dense(sampler, field, noise):
@@ -287,7 +287,9 @@ def test_a_field_of_another_shape_is_refused():
 
 def test_a_table_must_have_matching_shapes():
     for arguments in (([], [1.0], []), ([0.0], [1.0], [[0.0], [1.0]]), ([0.0], [1.0, 1.0], [[0.0, 0.0], [1.0, 0.0]])):
-        with pytest.raises(ValueError, match=r"a table of n calls has times \(n,\), a \(n \+ 1,\) and b \(n \+ 1, n\) with n >= 1"):
+        with pytest.raises(
+            ValueError, match=r"a table of n calls has times \(n,\), a \(n \+ 1,\) and b \(n \+ 1, n\) with n >= 1"
+        ):
             make(*arguments)
 
 
@@ -349,7 +351,9 @@ def test_a_rebased_table_gives_the_same_samples(path, target):
 
 
 def test_rebasing_at_a_singular_time_names_the_time():
-    with pytest.raises(ValueError, match=r"at t = 0 on CondOT\(\) the noise prediction and the state do not determine the velocity"):
+    with pytest.raises(
+        ValueError, match=r"at t = 0 on CondOT\(\) the noise prediction and the state do not determine the velocity"
+    ):
         euler_table().rebase(CondOT(), "noise")
 
 
@@ -395,7 +399,7 @@ def test_the_raw_table_runs_on_the_networks_bare_inputs_and_outputs(path, raw, p
 def test_a_raw_table_that_depends_on_the_path_needs_one():
     with pytest.raises(ValueError, match='a table over "edm" outputs needs the path'):
         euler_table().raw_table(None, "edm")
-    a, b = euler_table().raw_table(None, "negated")
+    _, b = euler_table().raw_table(None, "negated")
     assert torch.equal(b, -euler_table().b)
 
 

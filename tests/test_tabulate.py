@@ -1,10 +1,10 @@
 import pytest
 import torch
-from problems import SmoothNetwork, randn
 
 from fewstep import NotLinearError, TimeGrid, methods, tabulate
 from fewstep._tabulate import MOST_CALLS, write_table
 from fewstep.tuners import Boss
+from problems import SmoothNetwork, randn
 
 
 def walk(step):
@@ -53,7 +53,9 @@ def test_a_method_may_move_its_state_in_place():
     assert torch.equal(tabulate(careless, grid).b, tabulate(methods.euler, grid).b)
 
 
-@pytest.mark.parametrize("method", [methods.euler, methods.midpoint, methods.adams(3), methods.pfdiff(1, 1)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method", [methods.euler, methods.midpoint, methods.adams(3), methods.pfdiff(1, 1)], ids=lambda m: m.name
+)
 def test_gradients_of_the_table_reach_the_knots(method):
     inner = torch.tensor([0.2, 0.5, 0.6, 0.9], dtype=torch.float64, requires_grad=True)
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
@@ -91,7 +93,9 @@ def test_the_unchecked_table_is_the_same_table():
     ids=["clips states", "clips outputs", "normalises", "offset", "draws noise", "thresholds"],
 )
 def test_methods_that_are_no_tables_are_refused(step):
-    with pytest.raises(NotLinearError, match='"method" is not a table: .*put a clip into the field instead, or use it as a baseline'):
+    with pytest.raises(
+        NotLinearError, match=r'"method" is not a table: .*put a clip into the field instead, or use it as a baseline'
+    ):
         tabulate(walk(step), TimeGrid.uniform(3))
 
 

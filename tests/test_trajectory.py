@@ -2,7 +2,6 @@ import math
 
 import pytest
 import torch
-from problems import GaussianFlow, Recorder, ShearedSpiral, SmoothNetwork, gaussian_flow, mixture, randn, rms
 
 from fewstep import (
     EDM,
@@ -21,6 +20,7 @@ from fewstep import (
     tabulate,
 )
 from fewstep.coordinates import Coordinates
+from problems import GaussianFlow, Recorder, ShearedSpiral, SmoothNetwork, gaussian_flow, mixture, randn, rms
 
 PATHS = [CondOT(), Cosine(), VP(), VE(), EDM(), DiscreteVP(torch.linspace(0.9999, 0.003, 400))]
 every_path = pytest.mark.parametrize("path", PATHS, ids=lambda p: type(p).__name__)
@@ -111,7 +111,7 @@ def test_a_reference_that_does_not_converge_says_how_far_it_came():
 
 
 def test_nan_from_the_network_is_named_by_the_reference():
-    with pytest.raises(FieldError, match="the network returned NaN at call 6 .*, time t = 0.1875"):
+    with pytest.raises(FieldError, match=r"the network returned NaN at call 6 .*, time t = 0\.1875"):
         reference(lambda x, t: x / 0 * 0 if t > 0.18 else x, randn(2, 2))
 
 
@@ -172,7 +172,7 @@ def test_bare_functions_are_solved_in_t():
 
 
 def test_the_angle_is_bounded_where_the_velocity_is_not():
-    """Almost a single data point on VP: dx/dt is unbounded at t = 1, the scaled state turns as fast as noise and data are far."""
+    """Almost a single data point on VP: dx/dt is unbounded at t = 1, the scaled state turns as noise and data differ."""
     path = VP()
     flow = GaussianFlow(path, torch.full((2,), 0.7, dtype=torch.float64), torch.full((2,), 1e-4, dtype=torch.float64))
     field = adapt(lambda x, t: flow.data(x, t[0]), path=path, predicts="data", clock=lambda t: t).given()

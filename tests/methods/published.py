@@ -4,6 +4,7 @@ DDIM: Song et al., 2010.02502, eq. 12. DPM-Solver: Lu et al., 2206.00927, algori
 2211.01095, algorithms 1 and 2, third order as in the authors' release. Time runs from noise (0) to data (1) as everywhere here.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -115,7 +116,7 @@ def singlestep(schedule, predict, x, s, t, order, plus, buffered=None):
 def multistep_plus(schedule, predict, x, knots, order):
     """DPM-Solver++(2M) and (3M), the first steps with what history there is."""
     history = []
-    for s, t in zip(knots[:-1], knots[1:], strict=True):
+    for s, t in itertools.pairwise(knots):
         history = [(schedule.lamb(s), predict(x, s)), *history][:3]
         (l0, m0), (_, sigma_s), (alpha, sigma) = history[0], schedule.pair(s), schedule.pair(t)
         h = schedule.lamb(t) - l0

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 import torch
 from numpy.polynomial import Polynomial
-from problems import Recorder, ShearedSpiral, randn, rms, slope, small_start
 
 from fewstep import TimeGrid, methods, tabulate
+from problems import Recorder, ShearedSpiral, randn, rms, slope, small_start
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])

@@ -4,9 +4,9 @@ import functools
 
 import pytest
 import torch
-from problems import Recorder, ShearedSpiral, SmoothNetwork, randn, rms, slope
 
-from fewstep import CondOT, EDM, VP, BudgetError, Sampler, TimeGrid, adapt, methods, tabulate
+from fewstep import EDM, VP, BudgetError, CondOT, Sampler, TimeGrid, adapt, methods, tabulate
+from problems import Recorder, ShearedSpiral, SmoothNetwork, randn, rms, slope
 
 PATHS = {"CondOT": CondOT(), "VP": VP(), "EDM": EDM(sigma_max=5.0)}
 CASES = [

@@ -1,10 +1,12 @@
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from methods.published import Schedule, ddim_step, multistep_plus, singlestep
-from problems import Recorder, ShearedSpiral, mixture, randn, rms, slope, small_start
 
 from fewstep import VP, CondOT, DiscreteVP, TimeGrid, adapt, methods, tabulate
+from methods.published import Schedule, ddim_step, multistep_plus, singlestep
+from problems import Recorder, ShearedSpiral, mixture, randn, rms, slope, small_start
 
 VP_GRID = TimeGrid(torch.linspace(0.0, 0.97, 9, dtype=torch.float64) ** 0.8)
 
@@ -21,7 +23,7 @@ def test_singlestep_solvers_are_the_published_ones(order, plus):
     path, noise = VP(), randn(6, 2)
     problem, schedule, which = mixture(path), Schedule(path), "data" if plus else "noise"
     x, knots = noise.numpy(), VP_GRID.knots.tolist()
-    for s, t in zip(knots[:-1], knots[1:], strict=True):
+    for s, t in itertools.pairwise(knots):
         x, _ = singlestep(schedule, predictor(problem, which), x, s, t, order, plus)
     method = methods.dpm_single(path, order, which)
     np.testing.assert_allclose(method(problem.velocity, VP_GRID, noise).numpy(), x, rtol=1e-8, atol=1e-8)
@@ -41,7 +43,7 @@ def test_ddim_is_the_published_one(path):
     grid, noise = TimeGrid.uniform(7), randn(6, 2)
     problem, schedule = mixture(path), Schedule(path)
     x, knots = noise.numpy(), grid.knots.tolist()
-    for s, t in zip(knots[:-1], knots[1:], strict=True):
+    for s, t in itertools.pairwise(knots):
         v = problem.velocity(torch.from_numpy(x), s).numpy()
         x = ddim_step(schedule, x, *schedule.both(v, x, s), t)
     np.testing.assert_allclose(methods.ddim(path)(problem.velocity, grid, noise).numpy(), x, rtol=1e-9, atol=1e-9)
@@ -54,7 +56,7 @@ def test_first_order_solvers_are_all_ddim():
     problem, schedule = mixture(VP()), Schedule(VP())
     for plus in (True, False):
         x, knots = noise.numpy(), VP_GRID.knots.tolist()
-        for s, t in zip(knots[:-1], knots[1:], strict=True):
+        for s, t in itertools.pairwise(knots):
             x, _ = singlestep(schedule, predictor(problem, "data" if plus else "noise"), x, s, t, 1, plus)
         np.testing.assert_allclose(expected.numpy(), x, rtol=1e-8, atol=1e-8)
 
@@ -78,7 +80,9 @@ def test_multistep_on_discrete_levels_gives_what_diffusers_gives(order):
         scheduler = DPMSolverMultistepScheduler(solver_order=order, algorithm_type="dpmsolver++", timestep_spacing="trailing")
     path = DiscreteVP(scheduler.alphas_cumprod)
     problem = mixture(path, std=0.4)
-    field = adapt(lambda x, timestep: problem._expected(x, float(path.time(timestep[0])))[1], path=path, predicts="noise").given()
+    field = adapt(
+        lambda x, timestep: problem._expected(x, float(path.time(timestep[0])))[1], path=path, predicts="noise"
+    ).given()
     scheduler.set_timesteps(steps)
     noise = randn(16, 2)
     x = noise
@@ -132,7 +136,7 @@ def test_nodes_lie_inside_their_steps_even_next_to_an_infinite_log_snr(order, pr
             field = Recorder(ShearedSpiral().velocity)
             sample = methods.dpm_single(path, order, predicts)(field, TimeGrid(knots), randn(2, 2))
             assert bool(torch.isfinite(sample).all())
-            for i, (s, t) in enumerate(zip(knots[:-1], knots[1:], strict=True)):
+            for i, (s, t) in enumerate(itertools.pairwise(knots)):
                 nodes = field.times[i * order : (i + 1) * order]
                 assert nodes[0] == s
                 assert nodes == sorted(set(nodes))

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from methods.published import Schedule, singlestep
-from problems import Recorder, ShearedSpiral, mixture, randn, rms, slope
 
 from fewstep import VP, BudgetError, CondOT, TimeGrid, methods
 from fewstep._tabulate import write_table
+from methods.published import Schedule, singlestep
+from problems import Recorder, ShearedSpiral, mixture, randn, rms, slope
 
 PAIRS = [(1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3)]
 every_pair = pytest.mark.parametrize(("k", "l"), PAIRS)
@@ -105,16 +105,16 @@ def test_higher_order_bases_follow_the_published_past_only_scheme(order, plus, k
     path, noise = VP(), randn(3, 2)
     problem, frozen = mixture(path), "data" if plus else "noise"
     method = methods.pfdiff(k, l, methods.dpm_single(path, order, frozen), frozen)
-    index = 0 if plus else 1
     for steps in (1, 2, 4):
         fine = steps * (k + 1) - k
         knots = TimeGrid.uniform(fine).knots * 0.95
         field = Recorder(problem.velocity)
         sample = method(field, TimeGrid(knots), noise)
-        expected, end = higher_order(
-            Schedule(path), lambda x, t: problem._expected(torch.from_numpy(x), t)[index].numpy(), knots.tolist(), noise.numpy(), k, l,
-            order, plus,
-        )  # fmt: skip
+
+        def predict(x, t):
+            return problem._expected(torch.from_numpy(x), t)[0 if plus else 1].numpy()
+
+        expected, end = higher_order(Schedule(path), predict, knots.tolist(), noise.numpy(), k, l, order, plus)
         assert end == fine
         assert len(field.times) == method.calls(fine) == order * steps
         np.testing.assert_allclose(sample.numpy(), expected, rtol=1e-7, atol=1e-7)
@@ -168,7 +168,9 @@ def test_a_budget_between_two_is_refused_with_both():
         methods.pfdiff(1, 1, methods.dpm_single(VP(), 2), "data").intervals(5)
 
 
-@pytest.mark.parametrize("base", [methods.midpoint, methods.rk4, methods.adams(2), methods.dpmpp(VP(), 2)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "base", [methods.midpoint, methods.rk4, methods.adams(2), methods.dpmpp(VP(), 2)], ids=lambda m: m.name
+)
 def test_bases_without_a_frozen_step_are_refused(base):
     with pytest.raises(ValueError, match=f"pfdiff's base is euler, ddim.path. or dpm_single.path, order., got {base.name}"):
         methods.pfdiff(1, 1, base)
@@ -177,7 +179,9 @@ def test_bases_without_a_frozen_step_are_refused(base):
 def test_the_frozen_quantity_must_suit_the_base():
     with pytest.raises(ValueError, match="freezing the noise prediction needs a path: use base=ddim"):
         methods.pfdiff(1, 1, frozen="noise")
-    with pytest.raises(ValueError, match='dpmpp2s does not hold "noise"; give frozen="data" for dpmpp and "noise" for dpm bases'):
+    with pytest.raises(
+        ValueError, match='dpmpp2s does not hold "noise"; give frozen="data" for dpmpp and "noise" for dpm bases'
+    ):
         methods.pfdiff(1, 1, methods.dpm_single(VP(), 2, "data"), "noise")
     with pytest.raises(ValueError, match="not the velocity"):
         methods.pfdiff(1, 1, methods.dpm_single(VP(), 2, "data"))

@@ -1,14 +1,17 @@
+import itertools
 import math
 
 import pytest
 import torch
-from problems import Recorder, ShearedSpiral, randn
 from torchdiffeq import odeint
 
 from fewstep import TimeGrid, methods
+from problems import Recorder, ShearedSpiral, randn
 
 
-@pytest.mark.parametrize(("method", "theirs"), [(methods.euler, "euler"), (methods.midpoint, "midpoint"), (methods.heun, "heun2")])
+@pytest.mark.parametrize(
+    ("method", "theirs"), [(methods.euler, "euler"), (methods.midpoint, "midpoint"), (methods.heun, "heun2")]
+)
 def test_one_step_methods_are_those_of_torchdiffeq(method, theirs):
     field, grid, noise = ShearedSpiral().velocity, TimeGrid.power(6, 1.4), randn(4, 2)
     expected = odeint(lambda t, x: field(x, t), noise, grid.knots, method=theirs)[-1]
@@ -34,6 +37,6 @@ def test_rk4_on_time_alone_is_simpsons_rule():
 def test_the_field_is_asked_at_the_nodes_of_every_step(method, nodes):
     field, knots = Recorder(lambda x, t: x), [0.0, 0.3, 1.0]
     method(field, TimeGrid(knots), torch.ones(1, 1))
-    expected = [s + c * (t - s) for s, t in zip(knots[:-1], knots[1:], strict=True) for c in nodes]
+    expected = [s + c * (t - s) for s, t in itertools.pairwise(knots) for c in nodes]
     assert field.times == pytest.approx(expected, abs=1e-15)
     assert method.stages == len(nodes)

@@ -60,7 +60,7 @@ def kept_aside(field, noise, share=0.25):
 # What it is for
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "base", [None, uniform_euler(4), tabulate(methods.midpoint, TimeGrid.uniform(2))], ids=["boss", "euler", "midpoint"]
 )
@@ -100,8 +100,8 @@ def test_a_fit_to_a_mixture_is_much_better_than_boss_on_fresh_noise(nfe, seed):
 
 def test_a_fit_to_the_bundled_model_is_less_than_half_as_wrong_as_boss():
     model = load("digits")
-    field = model.given(torch.arange(48) % 10)
-    noise, fresh = (randn(48, *model.shape, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    field = model.given(torch.arange(32) % 10)
+    noise, fresh = (randn(32, *model.shape, seed=seed, dtype=torch.float32) for seed in (0, 1))
     boss, fitted = Boss()(field, noise, nfe=6), LeastSquares()(field, noise, nfe=6)
     assert error(fitted, field, fresh) < 0.5 * error(boss, field, fresh)
 
@@ -133,14 +133,15 @@ def test_tuning_again_gives_the_same_numbers(dtype):
 
 
 def test_the_fit_for_several_conditions_serves_each_of_them():
-    model = load("digits")
-    field = JointField([model.given(label=3), model.given(label=8, guidance=2.0)])
-    noise, fresh = (randn(48, *model.shape, seed=seed, dtype=torch.float32) for seed in (0, 1))
-    start = uniform_euler(5)
-    fitted = LeastSquares(start)(field, noise, nfe=5)
+    model = adapt(lambda x, t, label: torch.sin(x + t[:, None]) * label[:, None], shape=(4,))
+    field = JointField([model.given(label=1), model.given(label=3)])
+    noise, fresh = randn(96, 4), randn(256, 4, seed=1)
+    start = uniform_euler(4)
+    fitted = LeastSquares(start)(field, noise, nfe=4)
     solved = Problem(field, fresh, reference(field, fresh))
+    alone = LeastSquares(start)(field.fields[0], noise[:48], nfe=4)
     assert solved.score(fitted, "worst") < 0.6 * solved.score(start, "worst")
-    assert solved.score(fitted, "worst") > solved.score(fitted)
+    assert solved.score(fitted, "worst") < 0.9 * solved.score(alone, "worst")
 
 
 # What it computes

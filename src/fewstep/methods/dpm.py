@@ -43,9 +43,9 @@ def _singlestep(rule: FrozenStep, *, name: str, paper: str) -> Method:
 def dpmpp(path: AffinePath, order: int) -> Method:
     """Multistep DPM-Solver++ of order 1, 2 ("2M") or 3 ("3M") (Lu et al., 2211.01095, algorithm 2). 1 NFE per step.
 
-    The first steps use the history there is, and the published 3M, kept here, gives the third derivative half its weight
-    (its D2 is h^2 m''/2 where the coefficient expects h^2 m''), so the global order is 2 at most. A step into or out of an infinite log-SNR
-    (pure noise on CondOT, clean data everywhere) is first order, as in diffusers' `lower_order_final`.
+    The global order is 2 at most: the first steps use the history there is, and the published 3M, kept as it is, gives its
+    third-order term half the weight (its D2 is h^2 m''/2 where the coefficient expects h^2 m''). A step into or out of an
+    infinite log-SNR (pure noise on CondOT, clean data everywhere) is first order, as in diffusers' `lower_order_final`.
 
     Raises:
         ValueError: order other than 1, 2 or 3.

@@ -43,7 +43,8 @@ class LeastSquares:
 
         Raises:
             BudgetError: `base` has another NFE.
-            FieldError: `base` combines other predictions than velocities, or too little noise to fit and validate `nfe` + 1 numbers per row.
+            FieldError: `base` combines other predictions than velocities, or there is too little noise to fit and validate
+                `nfe` + 1 numbers per row.
         """
         start = self.base or Boss()(field, noise, nfe=nfe)
         if start.nfe != nfe:
@@ -128,8 +129,3 @@ def _solve(gram: Tensor, moments: Tensor, start: Tensor, ridge: float) -> Tensor
     right = (moments - gram @ start) / scale
     step = torch.linalg.solve(scaled + ridge * torch.eye(len(gram), dtype=torch.float64), right)
     return start + step / scale
-
-
-def rmse(x: Tensor, target: Tensor) -> float:
-    """Root mean square error per element, accumulated in float64."""
-    return float((x - target).double().square().mean().sqrt())
