@@ -114,7 +114,9 @@ def main() -> None:
         ours, theirs, ratio = paired(lambda: run(tuned, x, output), lambda s=scheduler: replay(s, x, output), args.rounds)
         rows.append({"table": f"tuned (dense), against {name}", "fewstep us": ours, "diffusers us": theirs, "ratio": ratio,
                      "alive": tuned.plan.alive})  # fmt: skip
-    print(f"{STEPS} steps, state 4x4x128x128 float32, {args.threads} thread(s); microseconds per step, medians of {args.rounds}")
+    print(
+        f"{STEPS} steps, state 4x4x128x128 float32, {args.threads} thread(s); microseconds per step, medians of {args.rounds}"
+    )
     print("| table | fewstep | diffusers | diffusers / fewstep | tensors alive | peak fewstep | peak diffusers |")
     print("|---|---|---|---|---|---|---|")
     for r in rows:

@@ -77,7 +77,9 @@ def table(rows: list[dict], seeds: int) -> None:
         found = {n: [r["rmse"] for r in rows if r["name"] == n and r["nfe"] == nfe] for n in names}
         return {n: statistics.median(v) for n, v in found.items() if len(v) == seeds}
 
-    print("| NFE | uniform Euler | best stock, as shipped | best stock, any grid | best untuned method | search | fit | fit / best stock |")
+    print(
+        "| NFE | uniform Euler | best stock, as shipped | best stock, any grid | best untuned method | search | fit | fit / best stock |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for nfe in BUDGETS:
         shipped, stock, methods, best = of(nfe, "stock"), of(nfe, "stock", "corrected"), of(nfe, "method"), of(nfe, "tuned")

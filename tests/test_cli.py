@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from fewstep import Sampler, adapt
 from fewstep.cli import main
 
+
 @pytest.fixture(scope="module", autouse=True)
 def _unchecked():
     """Shape checks are for the tests of the parts; whole tunings would spend most of their time on them."""
@@ -91,7 +92,9 @@ def test_tune_leaves_samplers_report_and_pictures(tuned):
 
 
 def test_sample_draws_from_a_tuned_sampler(tuned, tmp_path, capsys):
-    said = run("sample", RING, "--sampler", str(tuned / "nfe-4"), "--num", "10", "--out", str(tmp_path), "--json", capsys=capsys)
+    said = run(
+        "sample", RING, "--sampler", str(tuned / "nfe-4"), "--num", "10", "--out", str(tmp_path), "--json", capsys=capsys
+    )
     summary = json.loads(said)
     assert summary["nfe"] == 4
     assert load_file(tmp_path / "samples.safetensors")["samples"].shape == (10, 2)
@@ -99,13 +102,41 @@ def test_sample_draws_from_a_tuned_sampler(tuned, tmp_path, capsys):
 
 def test_samples_do_not_depend_on_the_batch_size(tuned, tmp_path, capsys):
     for batch in ("3", "256"):
-        run("sample", RING, "--sampler", str(tuned), "--nfe", "3", "--num", "10", "--batch", batch, "--out", str(tmp_path / batch), capsys=capsys)
+        run(
+            "sample",
+            RING,
+            "--sampler",
+            str(tuned),
+            "--nfe",
+            "3",
+            "--num",
+            "10",
+            "--batch",
+            batch,
+            "--out",
+            str(tmp_path / batch),
+            capsys=capsys,
+        )
     a, b = (load_file(tmp_path / batch / "samples.safetensors")["samples"] for batch in ("3", "256"))
     assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_sample_writes_a_picture_of_images_with_their_labels(tmp_path, capsys):
-    run("sample", "digits", "--sampler", "pfdiff1_1", "--nfe", "8", "--num", "12", "--guidance", "2", "--out", str(tmp_path), capsys=capsys)
+    run(
+        "sample",
+        "digits",
+        "--sampler",
+        "pfdiff1_1",
+        "--nfe",
+        "8",
+        "--num",
+        "12",
+        "--guidance",
+        "2",
+        "--out",
+        str(tmp_path),
+        capsys=capsys,
+    )
     kept = load_file(tmp_path / "samples.safetensors")
     assert kept["labels"].tolist() == [*range(10), 0, 1]
     assert (tmp_path / "samples.png").stat().st_size > 1000
@@ -114,7 +145,9 @@ def test_sample_writes_a_picture_of_images_with_their_labels(tmp_path, capsys):
 
 def test_evaluate_measures_names_grids_stock_and_directories_side_by_side(tuned, tmp_path, capsys):
     names = f"euler,pfdiff1_1@boss,fit,{tuned}"
-    said = run("evaluate", RING, "--samplers", names, "--nfe", "4", "--noise", "64", "--out", str(tmp_path), "--json", capsys=capsys)
+    said = run(
+        "evaluate", RING, "--samplers", names, "--nfe", "4", "--noise", "64", "--out", str(tmp_path), "--json", capsys=capsys
+    )
     errors = {row["name"]: row["metrics"]["rmse"]["value"] for row in json.loads(said)["rows"]}
     assert set(errors) == {"euler", "pfdiff1_1@boss", "fit", str(tuned / "nfe-4")}
     assert errors["fit"] < errors["euler"]
@@ -151,7 +184,9 @@ def test_doctor_names_a_torchvision_that_does_not_fit(monkeypatch, capsys):
             raise RuntimeError("operator torchvision::nms does not exist")
         return importing(name)
 
-    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "0.28.0" if name == "torchvision" else versions(name))
+    monkeypatch.setattr(
+        doctor.importlib.metadata, "version", lambda name: "0.28.0" if name == "torchvision" else versions(name)
+    )
     monkeypatch.setattr(doctor.importlib, "import_module", broken)
     said = refuse("doctor", capsys=capsys)
     assert "torchvision" in said
@@ -159,7 +194,20 @@ def test_doctor_names_a_torchvision_that_does_not_fit(monkeypatch, capsys):
 
 
 def test_each_condition_gets_its_own_table_when_asked(tmp_path, capsys):
-    words = ["--nfe", "2", "--noise", "8", "--effort", "search", "--guidance", "1,2", "--condition", "label=3", "--out", str(tmp_path)]
+    words = [
+        "--nfe",
+        "2",
+        "--noise",
+        "8",
+        "--effort",
+        "search",
+        "--guidance",
+        "1,2",
+        "--condition",
+        "label=3",
+        "--out",
+        str(tmp_path),
+    ]
     reports = json.loads(run("tune", "digits", *words, "--each", "--json", capsys=capsys))
     assert [r["facts"]["conditions"] for r in reports] == [["label=3"], ["label=3, guidance=2"]]
     assert (tmp_path / "label-3_guidance-2" / "nfe-2" / "sampler.json").exists()

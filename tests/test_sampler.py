@@ -46,6 +46,7 @@ TABLES = {
     "pfdiff": tabulate(methods.pfdiff(2, 1), TimeGrid.uniform(16)),
     "pfdiff-data": tabulate(methods.pfdiff(1, 1, methods.ddim(CondOT()), "data"), TimeGrid.uniform(11)),
     "data": dataclasses.replace(DATA, predicts="velocity"),  # its last row is the last output and nothing else
+    "newest": make([0.0, 0.3, 0.6], [1.0, 0.0, 0.0, 0.0], [[0.0] * 3, [1.0, 0.0, 0.0], [1.0, 0.5, 0.0], [0.0, 0.0, 1.0]]),
     "random": Sampler(torch.linspace(0, 0.9, 5), randn(6, seed=8), randn(6, 5, seed=9).tril(-1)),
 }
 every_table = pytest.mark.parametrize("sampler", TABLES.values(), ids=TABLES)

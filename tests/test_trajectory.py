@@ -165,6 +165,23 @@ def test_the_rate_in_the_coordinates_is_the_derivative_of_the_scaled_solution(pa
         torch.testing.assert_close(rate(scaled(tau), tau), expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize(("predicts", "tau"), [("data", 1e-3), ("noise", 0.999)])
+def test_the_rate_is_well_conditioned_where_the_prediction_is(predicts, tau):
+    """In float32, a thousandth from either end: no difference of nearly equal numbers is divided by a small one."""
+    path = VP()
+    flow = gaussian_flow(path)
+
+    def network(x, t):
+        alpha, sigma, _, _ = path.coefficients(t[0])
+        noise = sigma * (x.double() - alpha * flow.mean) / flow.spread(t[0]) ** 2
+        return (noise if predicts == "noise" else flow.data(x.double(), t[0])).to(x.dtype)
+
+    field = adapt(network, path=path, predicts=predicts, clock=lambda t: torch.tensor(t, dtype=torch.float64)).given()
+    rate = Coordinates.of(field).field(field)
+    z = flow.solution(randn(64, 3), 0.0, float(Coordinates(path).time(tau))).float()
+    assert rms(rate(z, tau).double() - rate(z.double(), tau)) < 6e-6
+
+
 def test_bare_functions_are_solved_in_t():
     problem = mixture(VP())
     assert Coordinates.of(problem.velocity).path is None
