@@ -49,7 +49,7 @@ def replay(scheduler, x: torch.Tensor, output: torch.Tensor) -> float:
 def run(sampler: Sampler, x: torch.Tensor, output: torch.Tensor) -> float:
     """Seconds per step of the executor."""
 
-    def field(state: torch.Tensor, t: float) -> torch.Tensor:
+    def field(state: torch.Tensor, t: float | torch.Tensor) -> torch.Tensor:
         return output
 
     start = time.perf_counter()
@@ -65,7 +65,8 @@ def native(sampler: Sampler) -> Sampler:
 def paired(ours: Callable[[], float], theirs: Callable[[], float], rounds: int) -> tuple[float, float, float]:
     """Medians in microseconds and the median of the pairwise ratios theirs / ours."""
     for _ in range(20):
-        ours(), theirs()
+        ours()
+        theirs()
     pairs = [(ours(), theirs()) for _ in range(rounds)]
     return (*(1e6 * statistics.median(side) for side in zip(*pairs, strict=True)), statistics.median(b / a for a, b in pairs))
 

@@ -18,8 +18,8 @@ import torch
 from fewstep import Model, compare, load, tabulate, tune
 from fewstep._errors import BudgetError
 from fewstep.candidates import candidates
-from fewstep.ladder import draw
 from fewstep.grid import TimeGrid
+from fewstep.ladder import draw
 from fewstep.methods import registry
 from fewstep.trajectory import reference
 from fewstep.zoo.mixtures import ring, spectrum
@@ -77,10 +77,8 @@ def table(rows: list[dict], seeds: int) -> None:
         found = {n: [r["rmse"] for r in rows if r["name"] == n and r["nfe"] == nfe] for n in names}
         return {n: statistics.median(v) for n, v in found.items() if len(v) == seeds}
 
-    print(
-        "| NFE | uniform Euler | best stock, as shipped | best stock, any grid | best untuned method | search | fit | fit / best stock |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
+    head = ("NFE", "uniform Euler", "best stock, as shipped", "best stock, any grid", "best method, uniform", "search", "fit")
+    print(f"| {' | '.join(head)} | fit / best stock |\n|{'---|' * (len(head) + 1)}")
     for nfe in BUDGETS:
         shipped, stock, methods, best = of(nfe, "stock"), of(nfe, "stock", "corrected"), of(nfe, "method"), of(nfe, "tuned")
         search, fit = best["tune --effort search"], best["tune --effort fit"]
@@ -112,8 +110,8 @@ def main() -> None:
         table(rows, len(seeds))
         for effort in costs[0]:
             spent = [c[effort] for c in costs]
-            print(f"tune --effort {effort}, all {len(BUDGETS)} budgets: {statistics.median(c['seconds'] for c in spent):.0f} s, "
-                  f"{statistics.median(c['network passes'] for c in spent):.3g} network passes")  # fmt: skip
+            time_spent, passes = (statistics.median(c[key] for c in spent) for key in ("seconds", "network passes"))
+            print(f"tune --effort {effort}, all {len(BUDGETS)} budgets: {time_spent:.0f} s, {passes:.3g} network passes")
         results[problem] = {"rows": rows, "costs": costs, "seeds": seeds, "noises": NOISES}
         args.out.parent.mkdir(exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -20,6 +20,7 @@ Any method runs on any grid: `euler@uniform`, `pfdiff2_1-noise@boss`, ... with `
 
 
 def page() -> str:
+    """The page as it should be."""
     rows = [
         f"| `{m.name}` | {m.order} | {price(m.calls)} | {'yes' if m.path else ''} | {m.paper} |" for m in registry().values()
     ]

@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from fewstep import zoo
 from fewstep._types import ArtifactError, FewstepError
-from fewstep.field import Model, adapt
 from fewstep.calling import flow_timestep
+from fewstep.field import Model, adapt
 from fewstep.grid import TimeGrid
 from fewstep.path import VP, CondOT, DiscreteVP
 from fewstep.trajectory import record, reference

@@ -4,6 +4,7 @@ The cost of stepping from knot i to knot j of a fine Euler path is || x_j - x_i 
 (the paper's eq. 5); the K-step schedule of least total cost is a shortest path with K edges.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -66,7 +67,7 @@ def _gram(velocities: Tensor, *, per_sample: bool) -> np.ndarray:
         flat = flat.reshape(count, -1)
         width = max(1, CHUNKS.get(flat.device.type, CHUNK) // (count * flat.element_size()))
         edges = [(count - 1) * k // BLOCKS for k in range(BLOCKS + 1)]
-        blocks = [(low, high) for low, high in zip(edges[:-1], edges[1:], strict=True) if high > low]
+        blocks = [(low, high) for low, high in itertools.pairwise(edges) if high > low]
         total = torch.zeros(count - 1, count - 1, dtype=torch.float64, device=flat.device)
         memory = flat.new_empty((count - 1) * width)
         for piece in flat.split(width, dim=1):
@@ -187,7 +188,7 @@ class Boss:
         max_step: longest step allowed.
         fixed: times that every schedule must visit (moved to the nearest knot).
 
-    On paths with unbounded velocity the clock is the angle between noise and data, and the method is DDIM.
+    On paths with unbounded velocity the clock is the angle between noise and data, and method and costs are those of DDIM.
     """
 
     knots: int = 100
@@ -214,8 +215,7 @@ class Boss:
             raise BudgetError(f"BOSS on {self.knots} knots finds 1 to {self.knots} steps, asked for {sorted(budgets)}")
         coordinates = Coordinates.of(field)
         knots = TimeGrid.uniform(self.knots)
-        x0 = noise * (start_scale(field) / coordinates.scale(0.0))
-        errors = truncation_errors(record(coordinates.field(CountedField(field)), knots, x0), self.cost)
+        errors = truncation_errors(_fine_path(CountedField(field), coordinates, knots, noise * start_scale(field)), self.cost)
         taus = knots.knots.numpy()
         found = bellman(
             errors, max(budgets), times=taus, min_step=self.min_step, max_step=self.max_step,
@@ -225,6 +225,25 @@ class Boss:
         if missing:
             raise BudgetError(f"min_step, max_step and fixed leave no schedule of {missing[0]} steps")
         return {k: _grid(coordinates, taus[found.knots[k]]) for k in budgets}
+
+
+def _fine_path(field: CountedField, coordinates: Coordinates, knots: TimeGrid, x0: Tensor) -> Trajectory:
+    """The path whose one-step errors are the costs: of Euler in t, or where the table will be DDIM, of DDIM.
+
+    DDIM is Euler for x / alpha in minus sigma / alpha with minus the noise prediction as velocity.
+    """
+    if coordinates.path is None:
+        return record(field, knots, x0)
+    times = _grid(coordinates, knots.knots.numpy()).knots
+    alpha, sigma, _, _ = coordinates.path.coefficients(times)
+    ratio = -sigma / alpha
+    y = x0 / float(alpha[0])
+    noises = y.new_empty(len(times) - 1, *y.shape)
+    with torch.no_grad():
+        for i in range(len(noises)):
+            noises[i] = field.predict(y * float(alpha[i]), float(times[i]), "noise")
+            y = y - float(ratio[i + 1] - ratio[i]) * noises[i]
+    return Trajectory(ratio, y[None], -noises)
 
 
 def _grid(coordinates: Coordinates, taus: np.ndarray) -> TimeGrid:
