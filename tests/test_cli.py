@@ -290,7 +290,10 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_the_work(tmp_
 
 
 def test_ctrl_c_leaves_no_half_written_file_and_the_next_run_goes_on(tmp_path):
-    words = [sys.executable, "-m", "fewstep.cli", "tune", "digits", "--nfe", "6", "--noise", "64", "--out", str(tmp_path)]
+    # A shell may have started the tests with SIGINT ignored, which children inherit.
+    start = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    start += "import fewstep.cli; fewstep.cli.main(sys.argv[1:])"
+    words = [sys.executable, "-c", start, "tune", "digits", "--nfe", "6", "--noise", "64", "--out", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(words, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 120
