@@ -17,6 +17,10 @@ from .sampler import Sampler
 from .stock import stock_samplers
 
 
+FIT_ONLY = {"shift3", "power1.2", "shift2", "karras"}
+"""Grids that only the fit tries: no method was best on them in the benchmarks, and every grid costs the search 30 tables."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A table with the name and the group that reports use."""
@@ -91,6 +95,8 @@ def _methods(path: AffinePath, scale: float, nfe: int, boss: Mapping[int, TimeGr
         except BudgetError:
             continue
         for grid_name, grid in grids(n, path, boss.get(n)).items():
+            if grid_name in FIT_ONLY:
+                continue
             try:
                 table = write_table(method, grid, start_scale=scale, calls=nfe)
             except ValueError:

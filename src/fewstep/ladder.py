@@ -30,12 +30,12 @@ Effort = Literal["search", "fit"]
 SCREEN = 16
 """Noises per condition on which all candidates are screened."""
 
-FINALISTS = 12
+FINALISTS = 8
 """Candidates that are then scored on the whole selection set."""
 
 BOSS_NOISES = 128
 RIDGES = (1e-8, 1e-5, 1e-3)
-WARPS, KNOTS = 40, 60
+WARPS, KNOTS = 20, 30
 """Evaluations of the two grid searches, per budget."""
 
 
