@@ -16,7 +16,6 @@ from .path import AffinePath, CondOT
 from .sampler import Sampler
 from .stock import stock_samplers
 
-
 FIT_ONLY = {"shift3", "power1.2", "shift2", "karras"}
 """Grids that only the fit tries: every grid costs the search about 30 tables."""
 
