@@ -65,9 +65,7 @@ def tune(
         print(to_toml(settings), end="")
         return
     del config  # `main` has already put the file's settings in front of the flags
-    from .zoo import load
-
-    loaded = load(model)
+    loaded = _load(model)
     conditions = parse_conditions(settings.condition, settings.guidance)
     groups = [[c] for c in conditions] if settings.each and conditions else [conditions]
     reports = []
@@ -154,12 +152,11 @@ def sample(
     from .composite import CountedField
     from .naming import resolve
     from .outputs import save_samples
-    from .zoo import load
 
     if num < 1:
         raise ValueError(f"--num must be at least 1, got {num}")
     _writable(out)
-    loaded = load(model)
+    loaded = _load(model)
     noise, labels = _noise(loaded, num, seed), _labels(loaded, num)
     conditions = parse_conditions(which.condition, which.guidance) or [{}]
     if len(conditions) > 1:
@@ -209,11 +206,10 @@ def evaluate(
     from .ladder import draw
     from .naming import resolve
     from .report import write_report
-    from .zoo import load
 
     if out is not None:
         _writable(out)
-    loaded = load(model)
+    loaded = _load(model)
     conditions = parse_conditions(which.condition, which.guidance) or [{}]
     shape = (noise * len(conditions), *_shape(loaded))
     device = loaded.device_dtype()[0]
@@ -281,6 +277,18 @@ def doctor(*, json: bool = False) -> None:
             print(f"{finding.state:<5} {finding.what:<14} {finding.detail}")
     if any(f.state == "BAD" for f in findings):
         sys.exit(1)
+
+
+def _load(name: str) -> "Model":
+    """A model by name. Waking a second thread costs more than it adds to a network as small as the bundled ones."""
+    import torch
+
+    from .zoo import ResidualMLP, load
+
+    model = load(name)
+    if isinstance(model.network, ResidualMLP) and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
+    return model
 
 
 def _shape(model: "Model") -> tuple[int, ...]:
