@@ -14,6 +14,7 @@ from diffusers.models import AutoencoderKL
 from fewstep import (
     EDM,
     VE,
+    VP,
     ArtifactError,
     BudgetError,
     CondOT,
@@ -393,6 +394,27 @@ def test_the_path_that_a_raw_table_needs():
     TableScheduler.from_sampler(sampler, path=DiscreteVP(scheduler.alphas_cumprod))
     with pytest.raises(ValueError, match=r"made for DiscreteVP.*, got path=CondOT\(\)"):
         TableScheduler.from_sampler(sampler, path=CondOT())
+
+
+@pytest.mark.parametrize("target", ["velocity", "data"])
+@pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow"])
+def test_a_rebased_table_is_exported_for_the_network_that_it_was_made_for(kind, target):
+    if kind == "flow":
+        scheduler, path = schedulers.UniPCMultistepScheduler(**FLOW), CondOT()
+    else:
+        scheduler = schedulers.DPMSolverMultistepScheduler(prediction_type=kind)
+        path = DiscreteVP(scheduler.alphas_cumprod)
+    sampler = from_diffusers(scheduler, 4)
+    rebased = sampler.rebase(path, target)
+    images = [as_a_pipeline_does(set_up(s, path=path), noise(dtype=torch.float64)) for s in (sampler, rebased)]
+    assert relative(images[1], images[0]) < 1e-6
+    assert rebased.rebase(path, sampler.predicts).provenance == sampler.provenance
+
+
+def test_a_table_made_for_no_network_is_exported_for_the_prediction_that_it_combines():
+    sampler = tabulate(methods.ddim(VP()), TimeGrid.log_snr(4, VP())).rebase(VP(), "noise")
+    assert sampler.provenance.raw == "plain"
+    assert set_up(sampler, path=VP()).config["b"] == sampler.b.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -67,7 +67,7 @@ def test_the_page_on_use_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for name in names["tables"]:
         assert f"| {name} |" in printed
-    assert "guidance=4" in printed
+    assert "guidance=2" in printed
     assert names["digits"].fingerprint() == load("digits").fingerprint()
 
 

@@ -44,4 +44,4 @@ def test_the_example_runs(name):
 
 def test_examples_are_found():
     """Else there would be nothing to fail."""
-    assert {"fewstep._tabulate.tabulate", "fewstep.sampler.Sampler", "fewstep.path.AffinePath.convert"} <= set(EXAMPLES)
+    assert {"fewstep._tabulate.tabulate", "fewstep.sampler.Sampler", "fewstep._affine.AffinePath.convert"} <= set(EXAMPLES)

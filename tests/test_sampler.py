@@ -351,6 +351,57 @@ def test_a_rebased_table_gives_the_same_samples(path, target):
     assert sampler.rebase(path, "velocity") is sampler
 
 
+class Buffers:
+    """A network that writes its outputs into a fixed number of buffers in turn, as CUDA graphs do into one."""
+
+    def __init__(self, network, count):
+        self.network, self.buffers, self.calls = network, [None] * count, 0
+
+    def __call__(self, x, t):
+        place, value = self.calls % len(self.buffers), self.network(x, t)
+        self.calls += 1
+        if self.buffers[place] is None:
+            self.buffers[place] = torch.empty_like(value)
+        return self.buffers[place].copy_(value)
+
+
+@pytest.mark.parametrize("method", [methods.adams(1), methods.adams(3), methods.heun, methods.rk4, methods.pfdiff(1, 1)])
+@pytest.mark.parametrize("diffusers", [False, True])
+def test_a_network_may_return_one_buffer_at_every_call(method, diffusers):
+    sampler, network, noise = tabulate(method, TimeGrid.uniform(7)), SmoothNetwork(), randn(4, 3)
+    static = Buffers(network, 1)
+    if not diffusers:
+        torch.testing.assert_close(sampler(static, noise), sampler(network, noise), rtol=0, atol=0)
+        return
+    with torch.no_grad():  # as a pipeline does
+        stepper = Stepper(sampler.plan, noise, reuse=False)
+        for t in sampler.times.tolist():
+            stepper.advance(static(stepper.state, t))
+    torch.testing.assert_close(stepper.state, sampler(network, noise), rtol=1e-12, atol=1e-12)
+
+
+def test_a_network_that_writes_over_an_output_in_another_way_is_refused():
+    with pytest.raises(FieldError, match=r"wrote its output over an earlier one .* \(output\.clone\(\)\)"):
+        tabulate(methods.adams(4), TimeGrid.uniform(6))(Buffers(SmoothNetwork(), 2), randn(4, 3))
+
+
+def test_an_ordinary_networks_outputs_are_copied_once_at_most():
+    copies = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function is torch.Tensor.clone:
+                copies.append(args[0])
+            return function(*args, **(kwargs or {}))
+
+    for method, most in ((methods.euler, 0), (methods.adams(3), 1)):
+        sampler = tabulate(method, TimeGrid.uniform(8))
+        copies.clear()
+        with Watch():
+            sampler(SmoothNetwork(), randn(2, 3))
+        assert len(copies) == most
+
+
 def test_rebasing_at_a_singular_time_names_the_time():
     with pytest.raises(
         ValueError, match=r"at t = 0 on CondOT\(\) the noise prediction and the state do not determine the velocity"

@@ -2,10 +2,10 @@
 
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import pickle
 import shutil
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,16 +22,15 @@ from fewstep._types import ArtifactError, FewstepError
 from fewstep.calling import flow_timestep
 from fewstep.field import Model, adapt
 from fewstep.grid import TimeGrid
-from fewstep.path import VP, CondOT, DiscreteVP
+from fewstep.path import EDM, VP, CondOT, DiscreteVP
 from fewstep.trajectory import record, reference
-from fewstep.zoo import card, checkpoint, train_digits
+from fewstep.zoo import checkpoint
 from fewstep.zoo.checkpoint import CONFIG, WEIGHTS
 from fewstep.zoo.network import ResidualMLP
-from fewstep.zoo.run_state import CHECKPOINT
-from fewstep.zoo.train_digits import Recipe, load_digits, main, train
+from fewstep.zoo.networks import build
 
 DIGITS = Path(zoo.__file__).parent / "digits"
-TINY = Recipe(steps=7, every=2, batch=32, width=16, blocks=1, warmup=2)
+CARD = Path(__file__).parents[1] / "benchmarks" / "digits_card.py"
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +38,15 @@ def digits() -> Model:
     return zoo.load("digits")
 
 
-@pytest.fixture
-def short_measures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training tests are about weights; the loss on all digits costs more than the few steps."""
-    monkeypatch.setattr(train_digits, "flow_loss", lambda network, images, labels, repeats: 0.5)
+@pytest.fixture(scope="module")
+def card() -> Any:
+    """The script that writes the bundled model's page."""
+    spec = importlib.util.spec_from_file_location("digits_card", CARD)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture
@@ -75,7 +79,7 @@ def test_the_bundled_model_is_what_the_issue_promises(digits):
 
 def test_the_folder_is_small_and_complete():
     sizes = {file.name: file.stat().st_size for file in DIGITS.iterdir()}
-    assert sizes.keys() == {WEIGHTS, CONFIG, "README.md", "curve.json", "curve.png", "samples.png"}
+    assert sizes.keys() == {WEIGHTS, CONFIG, "README.md", "curve.jsonl", "curve.png", "samples.png"}
     assert sizes[WEIGHTS] < 3_000_000
     assert sum(sizes.values()) < 3_300_000
 
@@ -95,10 +99,10 @@ def test_loading_leaves_the_random_numbers_alone():
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_a_classifier_reads_the_digits(digits, guidance):
+def test_a_classifier_reads_the_digits(digits, card, guidance):
     from sklearn.svm import SVC
 
-    real = load_digits()
+    real = card.load_digits()
     images, labels = torch.cat([real.images, real.held_images]), torch.cat([real.labels, real.held_labels])
     judge = SVC(C=10).fit(images.flatten(1).numpy(), labels.numpy())
     wanted = torch.arange(500) % 10
@@ -122,12 +126,12 @@ def test_the_card_states_what_the_files_say():
     assert all(f"{value:.4f}" in text for value in training.losses.values())
     assert "CC BY 4.0" in text
     assert "{" not in text
-    curve = json.loads((DIGITS / "curve.json").read_text())
+    curve = [json.loads(line) for line in (DIGITS / "curve.jsonl").read_text().splitlines()]
     assert curve[-1]["step"] == training.steps
-    assert curve[-1]["seen"] < curve[0]["seen"]
+    assert curve[-1]["held_out"] < curve[0]["held_out"]
 
 
-def test_the_card_is_written_again_from_the_model(model, monkeypatch):
+def test_the_card_is_written_again_from_the_model(model, card, monkeypatch):
     monkeypatch.setattr(card, "SAMPLES", 100)
     (model / "README.md").unlink()
     measured = card.write_card(model)
@@ -202,6 +206,68 @@ def test_a_folder_named_like_a_bundled_model_is_reached_by_its_path(tmp_path, mo
     assert zoo.load(Path("digits")).name == "mine"
 
 
+@pytest.mark.parametrize(
+    ("kind", "shape", "classes", "config"),
+    [
+        ("mlp", (5,), 3, {"width": 8, "blocks": 1}),
+        ("unet2d", (3, 16, 16), 4, {"channels": (8, 16), "layers": 1, "patch": 2, "dropout": 0.1}),
+        ("unet2d", (1, 8, 12), 0, {"channels": [8], "layers": 1, "attention": False}),
+        ("unet1d", (3, 20), 0, {"channels": (8, 16, 16)}),
+        ("dit", (3, 8, 8), 4, {"width": 16, "heads": 2, "blocks": 1}),
+        ("dit", (1, 8, 8), 0, {"width": 16, "heads": 2, "blocks": 1, "patch": 4}),
+    ],
+)
+def test_every_kind_of_network_is_called_and_kept_alike(tmp_path, kind, shape, classes, config):
+    torch.manual_seed(0)
+    network = build(kind, shape, classes, config).eval()
+    made = adapt(network, shape=shape, classes=classes or None, null_label=classes or None)
+    zoo.save_model(made, tmp_path / "full")
+    zoo.save_model(made, tmp_path / "half", stored="bfloat16")
+    again, rounded = zoo.load(tmp_path / "full"), zoo.load(tmp_path / "half")
+    x, label = torch.randn(2, *shape), torch.tensor([0, classes - 1]) if classes else None
+    answer = made.given(label)(x, 0.3)
+    assert answer.shape == x.shape
+    assert torch.equal(again.given(label)(x, 0.3), answer)
+    torch.testing.assert_close(rounded.given(label)(x, 0.3), answer, rtol=0.0, atol=0.05)
+    assert (tmp_path / "half" / WEIGHTS).stat().st_size < 0.7 * (tmp_path / "full" / WEIGHTS).stat().st_size
+    network.train()
+    if "dropout" not in config:  # nothing in it draws random numbers of its own
+        assert torch.equal(network(x, 0.3), network(x, 0.3))
+    if classes:
+        assert not torch.equal(made.given(1)(x, 0.3), made.given(2)(x, 0.3))
+        if "dropout" not in config:
+            assert torch.equal(network(x, 0.3, torch.full((2,), classes)), network(x, 0.3))
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "classes", "config", "message"),
+    [
+        ("cnn", (3,), 0, {}, "network must be one of mlp, unet2d, unet1d, dit, got 'cnn'"),
+        ("mlp", (3,), 0, {"channels": (1, 2)}, "network mlp: channels: Extra inputs .*its options are width, blocks, dropout"),
+        ("unet2d", (3,), 0, {}, r"takes samples with 3 axes, the data have shape \(3,\)"),
+        ("unet2d", (3, 9, 8), 0, {}, "images of 9x8 do not divide by 2"),
+        ("unet1d", (3, 8), 2, {}, "takes no classes"),
+        ("unet1d", (3, 9), 0, {}, "length of 9 does not divide by 4"),
+        ("unet1d", (3, 8), 0, {"channels": (9, 16)}, "must divide by 8"),
+        ("dit", (3, 8, 4), 0, {}, "square images"),
+        ("dit", (3, 8, 8), 0, {"heads": 5}, "must divide by its heads"),
+        ("dit", (3, 2**14, 2**14), 0, {"patch": 1}, "more than it can hold"),
+    ],
+)
+def test_networks_that_cannot_be_are_refused(kind, shape, classes, config, message):
+    with pytest.raises(FewstepError, match=message):
+        build(kind, shape, classes, config)
+
+
+def test_the_preconditioning_of_edm_is_kept(tmp_path):
+    made = adapt(ResidualMLP((2,), 0, 8, 1), path=EDM(), predicts="data", raw="edm", sigma_data=0.7)
+    zoo.save_model(made, tmp_path)
+    again = zoo.load(tmp_path)
+    assert (again.raw, again.sigma_data, again.path) == ("edm", 0.7, EDM())
+    x = torch.randn(3, 2)
+    assert torch.equal(again.given()(x, 0.4), made.given()(x, 0.4))
+
+
 def refused(made: Model) -> str:
     with pytest.raises(ArtifactError) as caught:
         zoo.save_model(made, "never-written")
@@ -210,7 +276,7 @@ def refused(made: Model) -> str:
 
 
 def test_what_the_format_cannot_hold_is_not_saved():
-    assert "only models on fewstep.zoo.ResidualMLP are saved" in refused(adapt(torch.nn.Linear(2, 2)))
+    assert "only networks of fewstep.zoo.networks (mlp, unet2d, unet1d, dit) are saved" in refused(adapt(torch.nn.Linear(2, 2)))
     assert "no call or clock of their own" in refused(small(clock=flow_timestep))
     assert "no call or clock of their own" in refused(small(call=lambda network, x, t, condition: network(x, 1 - t)))
     assert "no call or clock of their own" in refused(small(raw="negated"))
@@ -269,16 +335,16 @@ SPOILT: dict[str, tuple[Callable[[Path], Any], str]] = {
     "newer": (edited("schema_version", 2), "has schema version 2, fewstep .* reads up to 1: written by a newer fewstep"),
     "version 0": (edited("schema_version", 0), "no JSON object with a schema_version from 1 on"),
     "unknown key": (edited("code", "print(1)"), "does not describe a model: code: Extra inputs are not permitted"),
-    "kind": (edited("kind", "unet"), "kind: Input should be 'residual-mlp'"),
-    "text for a number": (edited("network.width", "192"), "network.width: Input should be a valid integer"),
-    "absurd width": (edited("network.width", 10**9), "network.width: Input should be less than or equal to"),
+    "kind": (edited("kind", "unet"), "kind: Input should be 'mlp', 'unet2d', 'unet1d' or 'dit'"),
+    "text for a number": (edited("network.width", "192"), "network mlp: width: Input should be a valid integer"),
+    "absurd width": (edited("network.width", 10**9), "network mlp: width: Input should be less than or equal to"),
     "absurd shape": (edited("shape", [2**20] * 9), "shape: List should have at most 8 items"),
     "path": (edited("path", "__import__('os')"), r"path must be CondOT\(\), .* got __import__"),
     "null label": (edited("null_label", 3), "null_label must be 10 or null, got 3"),
     "other width": (edited("network.width", 96), r"must be float32 of shape \(.*\), got torch.float32 of shape"),
     "one more block": (edited("network.blocks", 4), r"does not hold this network: missing \['blocks.3"),
-    "many more blocks": (edited("network.blocks", 256), r"its weights take at least \d{8} bytes, the file has 2506240"),
-    "large shape": (edited("shape", [1024, 1024, 1024]), "does not hold this network: its weights take at least"),
+    "many more blocks": (edited("network.blocks", 256), r"does not hold this network: missing \['blocks.10.first"),
+    "large shape": (edited("shape", [1024, 1024, 1024]), r"leave.1.bias must be float32 of shape \(1073741824,\)"),
     "many classes": (edited("classes", 2**20), "null_label must be 1048576"),
     "one block less": (edited("network.blocks", 2), r"not asked for \['blocks.2"),
     "checksum": (edited("weights_sha256", "0" * 64), "was edited, cut off or belongs to another config.json"),
@@ -390,207 +456,3 @@ def test_names_that_give_no_model(module, name, message):
     with pytest.raises(FewstepError, match=message) as caught:
         zoo.load(name)
     assert "\n" not in str(caught.value)
-
-
-# --- training ----------------------------------------------------------------------------------------------------------
-
-
-class Killed(BaseException):
-    """The process ended between two statements."""
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in (WEIGHTS, "curve.json")}
-
-
-def when(step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `action` happen in the middle of one step."""
-    rate = train_digits._learning_rate
-
-    def learning_rate(recipe: Recipe, now: int) -> float:
-        if now == step:
-            action()
-        return rate(recipe, now)
-
-    monkeypatch.setattr(train_digits, "_learning_rate", learning_rate)
-
-
-def raise_killed() -> None:
-    raise Killed
-
-
-@pytest.mark.usefixtures("short_measures")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, None])
-def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch, number):
-    """Ctrl-C and termination finish the step; a killed run goes back to its last checkpoint."""
-    whole = train(TINY, tmp_path / "whole")
-    stop = raise_killed if number is None else lambda: signal.raise_signal(number)
-    with monkeypatch.context() as patch:
-        when(4, stop, patch)
-        with pytest.raises(Killed if number is None else KeyboardInterrupt):
-            train(TINY, tmp_path / "parts")
-    assert not (tmp_path / "parts" / CONFIG).exists()
-    torch.manual_seed(99)  # nothing outside the checkpoint may matter
-    resumed = train(TINY, tmp_path / "parts", resume=True)
-    assert files(tmp_path / "parts") == files(tmp_path / "whole")
-    assert resumed.fingerprint() == whole.fingerprint()
-    assert zoo.load(tmp_path / "parts").fingerprint() == whole.fingerprint()
-
-
-@pytest.mark.usefixtures("short_measures")
-def test_signals_and_random_numbers_are_left_as_they_were(tmp_path):
-    handlers, state = signal.getsignal(signal.SIGINT), torch.get_rng_state()
-    train(TINY, tmp_path)
-    assert signal.getsignal(signal.SIGINT) is handlers
-    assert torch.equal(torch.get_rng_state(), state)
-
-
-@pytest.mark.usefixtures("short_measures")
-def test_another_seed_gives_another_model(tmp_path):
-    one, two = (train(TINY.model_copy(update={"seed": seed}), tmp_path / str(seed)) for seed in (0, 2**32))
-    assert one.fingerprint() != two.fingerprint()
-
-
-@pytest.mark.usefixtures("short_measures")
-def test_training_lowers_the_loss(tmp_path):
-    train(Recipe(steps=60, every=20, batch=128, width=64, blocks=1, warmup=2, lr=3e-3), tmp_path)
-    curve = json.loads((tmp_path / "curve.json").read_text())
-    assert curve[-1]["batches"] < 0.85 * curve[0]["batches"]
-
-
-def test_the_measured_loss_is_the_one_that_is_trained():
-    zero = ResidualMLP((1, 8, 8), 10, 8, 0)
-    torch.nn.init.zeros_(zero.leave[1].weight)  # type: ignore[arg-type]
-    torch.nn.init.zeros_(zero.leave[1].bias)  # type: ignore[arg-type]
-    data = load_digits()
-    expected = 1 + float(data.held_images.square().mean())  # E (x1 - x0)^2 with x0 standard normal
-    assert train_digits.flow_loss(zero, data.held_images, data.held_labels, 4) == pytest.approx(expected, rel=0.02)
-
-
-def test_a_sixth_of_every_class_is_kept_aside():
-    data = load_digits()
-    assert len(data.images) + len(data.held_images) == 1797
-    assert data.images.shape[1:] == (1, 8, 8)
-    assert float(data.images.min()) == -1.0
-    assert float(data.images.max()) == 1.0
-    assert torch.bincount(data.held_labels, minlength=10).min() >= 25
-
-
-@pytest.mark.usefixtures("short_measures")
-def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        rates = train_digits._learning_rate
-        patch.setattr(train_digits, "_learning_rate", lambda recipe, step: 1e30 if step == 4 else rates(recipe, step))
-        message = r"the loss is (nan|inf) at step \d, learning rate .*last good checkpoint \(step 4\) is kept in .*lower --lr"
-        with pytest.raises(FewstepError, match=message):
-            train(TINY, tmp_path / "parts")
-    train(TINY, tmp_path / "whole")
-    train(TINY, tmp_path / "parts", resume=True)
-    assert files(tmp_path / "parts") == files(tmp_path / "whole")
-
-
-@pytest.mark.usefixtures("short_measures")
-def test_a_run_that_diverges_at_once_has_no_checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_digits, "_learning_rate", lambda recipe, step: 1e30)
-    with pytest.raises(FewstepError, match="there is no checkpoint yet"):
-        train(TINY, tmp_path)
-
-
-@pytest.mark.usefixtures("short_measures")
-def test_runs_are_not_mixed_up(tmp_path, monkeypatch):
-    with pytest.raises(ArtifactError, match=r"there is no unfinished run in .*start one without --resume"):
-        train(TINY, tmp_path, resume=True)
-    train(TINY, tmp_path)
-    with pytest.raises(FewstepError, match=r"is an unfinished run; continue it with --resume"):
-        train(TINY, tmp_path)
-    with pytest.raises(ArtifactError, match=r"was made with seed = 0 \(now 3\).*start afresh in another --out"):
-        train(TINY.model_copy(update={"seed": 3}), tmp_path, resume=True)
-    with monkeypatch.context() as patch:
-        patch.setattr("fewstep.zoo.run_state.versions", lambda: {"torch": "3.0"})
-        with pytest.raises(ArtifactError, match=r"was made under .*torch = .* \(now 3.0\)"):
-            train(TINY, tmp_path, resume=True)
-    (tmp_path / CHECKPOINT).unlink()
-    with pytest.raises(FewstepError, match="holds a finished model; choose another --out"):
-        train(TINY, tmp_path)
-
-
-@pytest.mark.usefixtures("short_measures")
-def test_a_damaged_checkpoint_is_refused(tmp_path):
-    train(TINY, tmp_path)
-    file = tmp_path / CHECKPOINT
-    good = file.read_bytes()
-    for bad in (good[:-10], b"", pickle.dumps({"step": 1})):
-        file.write_bytes(bad)
-        with pytest.raises(ArtifactError, match="is not a checkpoint that fewstep wrote"):
-            train(TINY, tmp_path, resume=True)
-    save_file({"network.enter.weight": torch.zeros(1)}, file)
-    with pytest.raises(ArtifactError, match="is not a checkpoint that fewstep wrote"):
-        train(TINY, tmp_path, resume=True)
-    file.write_bytes(good)
-    run = train_digits._begin(TINY, file, resume=True)
-    run._tensors = lambda: {"network.enter.weight": torch.zeros(1)}  # type: ignore[method-assign]
-    run.save(file)
-    with pytest.raises(ArtifactError, match="is not a checkpoint of this run"):
-        train(TINY, tmp_path, resume=True)
-
-
-@pytest.mark.parametrize(("field", "value"), [("steps", 0), ("lr", 0.0), ("lr", float("inf")), ("seed", -1), ("dropout", 1.0)])
-def test_impossible_recipes_are_refused(field, value):
-    with pytest.raises(ValueError, match=field):
-        Recipe(**{field: value})
-
-
-class TinyRecipe(Recipe):
-    every: int = 1
-    batch: int = 32
-    width: int = 16
-    blocks: int = 1
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, short_measures: None) -> None:
-    """The command line at the tests' size."""
-    monkeypatch.setattr(train_digits, "Recipe", TinyRecipe)
-    monkeypatch.setattr(card, "write_card", lambda folder: (folder / "README.md").write_text("card"))
-
-
-@pytest.mark.usefixtures("quick")
-def test_the_command_trains_and_writes_the_card(tmp_path, capsys):
-    assert main(["--out", str(tmp_path), "--steps", "3"]) == 0
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["README.md", CONFIG, "curve.json", WEIGHTS]
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[2].startswith("step      3/3  loss 0.5000, unseen 0.5000")
-    assert lines[2].endswith("0:00 left")
-    assert "steps/s" in lines[2]
-
-
-@pytest.mark.usefixtures("quick")
-def test_the_command_goes_on_with_the_settings_of_the_run(tmp_path, monkeypatch, capsys):
-    with monkeypatch.context() as patch:
-        when(2, lambda: signal.raise_signal(signal.SIGINT), patch)
-        assert main(["--out", str(tmp_path), "--seed", "5", "--steps", "4"]) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == f"interrupted; go on with --resume --out {tmp_path}"
-    assert main(["--out", str(tmp_path), "--resume", "--steps", "9"]) == 1
-    assert "was made with steps = 4 (now 9)" in capsys.readouterr().err
-    assert main(["--out", str(tmp_path), "--resume"]) == 0
-    assert "--steps 4 --seed 5" in json.loads((tmp_path / CONFIG).read_text())["training"]["command"]
-
-
-def test_the_command_refuses_bad_settings_in_one_line(tmp_path, capsys):
-    assert main(["--out", str(tmp_path), "--steps", "0"]) == 1
-    assert capsys.readouterr().err == "train_digits: steps: Input should be greater than or equal to 1\n"
-    with pytest.raises(SystemExit):
-        main(["--stepz", "3"])
-
-
-@pytest.mark.usefixtures("quick")
-def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert main(["--out", str(tmp_path), "--steps", "2"]) == 0
-    assert "2/2" in capsys.readouterr().err
-
-
-def test_without_scikit_learn_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # type: ignore[arg-type]
-    with pytest.raises(FewstepError, match="pip install 'fewstep\\[train\\]'"):
-        load_digits()

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from .diffusers import adapt_like as adapt_like
     from .diffusers import from_diffusers as from_diffusers
     from .evaluation import Report as Report
+    from .evaluation import bits_per_dim as bits_per_dim
     from .evaluation import compare as compare
+    from .evaluation import log_density as log_density
+    from .evaluation import sample_with_log_density as sample_with_log_density
     from .field import Model as Model
     from .field import adapt as adapt
     from .grid import TimeGrid as TimeGrid
@@ -54,7 +57,7 @@ _HOMES = {
     "calling": ("flow_timestep",),
     "composite": ("CountedField", "JointField"),
     "diffusers": ("TableScheduler", "adapt_like", "from_diffusers"),
-    "evaluation": ("Report", "compare"),
+    "evaluation": ("Report", "bits_per_dim", "compare", "log_density", "sample_with_log_density"),
     "field": ("Model", "adapt"),
     "grid": ("TimeGrid",),
     "path": ("EDM", "VE", "VP", "AffinePath", "CondOT", "Cosine", "DiscreteVP"),

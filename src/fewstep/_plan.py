@@ -151,20 +151,42 @@ class Stepper:
         self._held: dict[tuple[str, int], Tensor] = {("x", -1): noise}
         self._spare: list[Tensor] = []
         self._row = 0
+        self._previous: Tensor | None = None
+        self._one_buffer: bool | None = None
         self.state = self._make()
 
     def advance(self, u: Tensor) -> Tensor:
         """Take the field's output at `state` and return the next state."""
         if u.shape != self.state.shape:
             raise FieldError(f"the field must return the state's shape {tuple(self.state.shape)}, got {tuple(u.shape)}")
-        if self._reuse and u.untyped_storage().data_ptr() == self.state.untyped_storage().data_ptr():
-            u = u.clone()  # a field that returns its argument: the state's memory will be written to
         if u.dtype != self.state.dtype:
             u = u.to(self.state.dtype)
+        elif self._reuse and shared(u, self.state):
+            u = u.clone()  # a field that returns its argument: the state's memory will be written to
+        elif not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            u = self._lasting(u)
         self._held["u", self._row] = u
         self._row += 1
         self.state = self._make()
         return self.state
+
+    def _lasting(self, u: Tensor) -> Tensor:
+        """The output, copied if the network gives all of them in one buffer (CUDA graphs do) and a row after the next needs it.
+
+        Whether it does shows at the call after, when the first such output is lost: that one is always copied.
+        """
+        if self._previous is not None:
+            self._one_buffer, self._previous = shared(u, self._previous), None
+        if ("u", self._row) in self._plan.drops[self._row + 1]:
+            return u
+        if self._one_buffer is None:
+            self._previous = u
+        elif not self._one_buffer and any(kind == "u" and shared(u, value) for (kind, _), value in self._held.items()):
+            raise FieldError(
+                "the network wrote its output over an earlier one that this table still needs; return a new tensor from every "
+                "call (output.clone())"
+            )
+        return u if self._one_buffer is False else u.clone()
 
     @property
     def alone(self) -> bool:
@@ -213,6 +235,26 @@ class Stepper:
         return not any(value is other for name, other in self._held.items() if name != key)
 
 
+def resume(plan: Plan, a: Tensor, b: Tensor, index: int, state: Tensor, u: Tensor) -> Stepper:
+    """A stepper that stands at call `index` in `state` without having made the calls before it.
+
+    Their outputs are taken to equal `u`, the output of this call.
+
+    Raises:
+        ValueError: the state at this call does not depend on the noise.
+    """
+    if index == 0:
+        return Stepper(plan, state, reuse=False)
+    weight, u = float(a[index]), u.to(state.dtype)
+    if weight == 0.0:
+        raise ValueError(f"this table cannot start at call {index}: its state there does not depend on the noise (a = 0)")
+    stepper = Stepper(plan, torch.add(state, u, alpha=-float(b[index].sum())) / weight, reuse=False)
+    for _ in range(index):
+        stepper.advance(u)
+    stepper.shift(state - stepper.state, a.tolist())
+    return stepper
+
+
 def _best_first(operands: list[tuple[float, Tensor]], dying: list[Tensor]) -> list[tuple[float, Tensor]]:
     """First an operand with coefficient one (saves a pass), better still one whose memory the result can take."""
     best, least = 0, 4
@@ -221,6 +263,11 @@ def _best_first(operands: list[tuple[float, Tensor]], dying: list[Tensor]) -> li
         if rank < least:
             best, least = k, rank
     return operands[best : best + 1] + operands[:best] + operands[best + 1 :]
+
+
+def shared(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors lie in the same memory; asks the host only."""
+    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
 
 
 def _among(x: Tensor, others: list[Tensor]) -> bool:

@@ -25,6 +25,12 @@ Prediction = Literal["velocity", "noise", "data", "score"]
 Raw = Literal["plain", "negated", "v_prediction", "edm"]
 """How a network's bare input and output relate to the state and the prediction: see `fewstep.path.raw_mix`."""
 
+Bare = Literal[Raw, Prediction]
+"""What a pipeline's network returns, seen from a sampler's rows: what they combine, by way of `Raw`, or a prediction."""
+
+RAW_PREDICTS: dict[Raw, Prediction] = {"negated": "velocity", "v_prediction": "noise", "edm": "data"}
+"""The prediction that a bare output becomes; "plain" says nothing of it."""
+
 Field = Callable[[Tensor, Time], Tensor]
 """``field(x, t) -> velocity``; condition and guidance are already inside."""
 

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -17,12 +16,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
-from . import __version__
 from ._disk import atomic_write as atomic_write
 from ._disk import disk_errors, one_line, read_regular, refusal, set_aside, short, staged
-from ._types import Prediction, Raw
+from ._export import path_from_repr as path_from_repr
+from ._export import scheduler_config
+from ._schema import Strict, first_complaint, read_versioned
+from ._types import Bare, Prediction
 
 if TYPE_CHECKING:
     from .field import Model
@@ -44,11 +45,7 @@ _PerCall = Annotated[list[float], Field(max_length=MOST_CALLS)]
 _PerState = Annotated[list[float], Field(max_length=MOST_CALLS + 1)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class _Provenance(_Strict):
+class _Provenance(Strict):
     """`Provenance` in JSON's types; the same fields (an unknown one fails, on both sides)."""
 
     method: str
@@ -56,7 +53,7 @@ class _Provenance(_Strict):
     fingerprint: str
     path: str
     shape: list[Annotated[int, Field(ge=0, lt=2**63)]] | None
-    raw: Raw
+    raw: Bare
     sigma_data: float
     conditions: list[str]
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None
@@ -64,7 +61,7 @@ class _Provenance(_Strict):
     measured: dict[str, float]
 
 
-class _Document(_Strict):
+class _Document(Strict):
     """``sampler.json``; `Sampler` itself checks how the shapes of the numbers fit together."""
 
     schema_version: Literal[1]
@@ -133,62 +130,6 @@ def read_sampler(directory: str | Path) -> "Sampler":
     return sampler
 
 
-def scheduler_config(
-    sampler: "Sampler", path: "AffinePath | None" = None, sigma_data: float | None = None
-) -> dict[str, Any] | None:
-    """The table as a diffusers pipeline needs it: over the bare outputs of the network, at the network's own times.
-
-    Args:
-        sampler: the table; `Provenance.raw` says what the network's bare output is.
-        path: needed for raw="v_prediction" and "edm". Default: rebuilt from `Provenance.path`, which works for CondOT,
-            Cosine, VP, VE and EDM.
-        sigma_data: of the preconditioning that raw="edm" stands for; default: `Provenance.sigma_data`.
-
-    Returns:
-        The content of ``scheduler_config.json``, or None if the path is needed and unknown (`DiscreteVP`, or none was given)
-        or the bare table is not finite. `write_sampler` then writes no ``scheduler_config.json``.
-    """
-    raw = sampler.provenance.raw
-    path = path or path_from_repr(sampler.provenance.path)
-    combines = {"negated": "velocity", "v_prediction": "noise", "edm": "data"}.get(raw, sampler.predicts)
-    try:
-        if combines != sampler.predicts:
-            if path is None:
-                return None
-            sampler = sampler.rebase(path, combines)  # type: ignore[arg-type]  # the values of the dict are predictions
-        a, b = (
-            value.detach()
-            for value in sampler.raw_table(path, raw, sampler.provenance.sigma_data if sigma_data is None else sigma_data)
-        )
-    except (ValueError, ArithmeticError):
-        return None
-    if not bool(torch.isfinite(a).all() and torch.isfinite(b).all()):
-        return None
-    return {
-        "_class_name": "TableScheduler",
-        "_fewstep_version": __version__,
-        "times": sampler.times.tolist(),
-        "timesteps": (sampler.times if sampler.clock is None else sampler.clock).tolist(),
-        "a": a.tolist(),
-        "b": b.tolist(),
-        "num_train_timesteps": 1000,
-    }
-
-
-def path_from_repr(text: str) -> "AffinePath | None":
-    """The path with this repr, from a fixed list of classes and plain numbers; None for any other text."""
-    from . import path as paths
-
-    match = re.fullmatch(r"(CondOT|Cosine|VP|VE|EDM)\((.*)\)", text)
-    if match is None:
-        return None
-    try:
-        arguments = dict(pair.split("=") for pair in match[2].split(", ")) if match[2] else {}
-        return getattr(paths, match[1])(**{name: float(value) for name, value in arguments.items()})
-    except (ValueError, TypeError):
-        return None
-
-
 def check_fits(sampler: "Sampler", model: "Model") -> None:
     """Refuse a sampler for another path or state shape; warn about one that was tuned on another network.
 
@@ -230,7 +171,7 @@ def _document(sampler: "Sampler") -> dict[str, Any]:
     try:
         return _Document.model_validate(content).model_dump()
     except ValidationError as error:
-        raise refusal(f"cannot save this sampler: {_first(error)}; correct it and save again") from error
+        raise refusal(f"cannot save this sampler: {first_complaint(error)}; correct it and save again") from error
 
 
 def _plain(value: Any) -> Any:
@@ -257,34 +198,15 @@ def _checksum(document: Mapping[str, Any]) -> str:
 
 
 def _parse(file: Path, data: bytes) -> _Document:
-    try:
-        content = json.loads(data.decode(), object_pairs_hook=_unique)
-        actual = _checksum(content) if isinstance(content, dict) else ""
-    except (ValueError, RecursionError) as error:
-        raise refusal(f"{file} is not the JSON that fewstep wrote ({short(error)}): cut off or edited; {_AGAIN}") from error
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if type(version) is not int or version < 1:
-        raise refusal(f"{file} is not a sampler: it is no JSON object with a schema_version from 1 on; {_AGAIN}")
-    if version > SCHEMA_VERSION:
-        raise refusal(
-            f"{file} has schema version {short(version)}, fewstep {__version__} reads up to {SCHEMA_VERSION}: "
-            "written by a newer fewstep; upgrade with pip install -U fewstep"
-        )
-    said = content.get("checksum")
+    content = read_versioned(file, data, what="sampler", version=SCHEMA_VERSION, remedy=_AGAIN)
+    said, actual = content.get("checksum"), _checksum(content)
     if said != actual:
         got = short(said, 12) if isinstance(said, str) else "nothing"
         raise refusal(f"{file} was edited or damaged: its content has checksum {actual[:12]}, the file says {got}; {_AGAIN}")
     try:
         return _Document.model_validate(content)
     except ValidationError as error:
-        raise refusal(f"{file} does not hold a sampler: {_first(error)}; {_AGAIN}") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        raise ValueError("the same key twice in one object")
-    return content
+        raise refusal(f"{file} does not hold a sampler: {first_complaint(error)}; {_AGAIN}") from error
 
 
 def _check_scheduler(file: Path, expected: str | None) -> None:
@@ -296,10 +218,3 @@ def _check_scheduler(file: Path, expected: str | None) -> None:
             f"{file} does not belong to the {SAMPLER} beside it: expected checksum {(expected or 'of no file')[:12]}, got "
             f"{actual[:12]}; delete it, or {_AGAIN}"
         )
-
-
-def _first(error: ValidationError) -> str:
-    """The first of pydantic's complaints, in one short line."""
-    first, *others = error.errors(include_url=False, include_context=False, include_input=False)
-    where = ".".join(map(str, first["loc"]))
-    return f"{short(where)}: {short(first['msg'])}" + (f" (and {len(others)} more)" if others else "")

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import App, Parameter
 
-from . import __version__
-from .config import Conditions, Integers, TuneConfig, Words, as_flags, parse_conditions, settings_in, to_toml
+from . import __version__, cli_train, cli_tune
+from .cli_tune import load_model, writable
+from .config import Conditions, Integers, Words, parse_conditions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from .composite import JointField
     from .field import Model, ModelField
-    from .result import TuneResult
 
 app = App(
     name="fewstep",
@@ -27,98 +27,12 @@ app = App(
     suppress_keyboard_interrupt=False,  # `main` tells how to go on
 )
 
+app.command(cli_tune.demo)
+app.command(cli_tune.tune)
+app.command(cli_train.train)
+
 NOISES = 256
 """Noises of `evaluate` and of tuners that are named there."""
-
-
-@app.command
-def demo(*, out: Path = Path("fewstep-demo"), seed: int = 0, json: bool = False) -> None:
-    """Tune samplers for the bundled digits model at NFE 4, 6, 8 and 10 and compare them with every stock scheduler.
-
-    Args:
-        out: folder for samplers, report and pictures.
-        seed: seed of all noise.
-        json: print the report as JSON.
-    """
-    tune("digits", settings=TuneConfig(out=out, seed=seed), json=json)
-
-
-@app.command
-def tune(
-    model: str,
-    *,
-    settings: TuneConfig = TuneConfig(),  # noqa: B008  # frozen
-    config: Annotated[Path | None, Parameter()] = None,
-    print_config: bool = False,
-    json: bool = False,
-) -> None:
-    """Find the best sampler of each budget for a model.
-
-    Args:
-        model: a bundled name (digits), a directory saved by fewstep, or package.module:function.
-        settings: see below.
-        config: TOML or JSON file with any of these settings; flags win over it.
-        print_config: print the settings as TOML and stop.
-        json: print the report as JSON.
-    """
-    if print_config:
-        print(to_toml(settings), end="")
-        return
-    del config  # `main` has already put the file's settings in front of the flags
-    loaded = _load(model)
-    conditions = parse_conditions(settings.condition, settings.guidance)
-    groups = [[c] for c in conditions] if settings.each and conditions else [conditions]
-    reports = []
-    for group in groups:
-        out = settings.out / _folder(group) if len(groups) > 1 and group else settings.out
-        reports.append(_tune_one(loaded, model, settings, group, out, quiet=json))
-    if json:
-        print(jsonlib.dumps(reports if len(reports) > 1 else reports[0], indent=1))
-
-
-def _folder(group: Sequence[dict[str, Any]]) -> str:
-    return "_".join(f"{k}-{v:g}" for one in group for k, v in one.items())
-
-
-def _tune_one(
-    model: "Model", name: str, settings: TuneConfig, conditions: list[dict[str, Any]] | None, out: Path, *, quiet: bool
-) -> dict[str, Any]:
-    import shutil
-
-    from .climb import tune as tune_model
-    from .report import to_console, write_report
-    from .zoo import training_passes
-
-    _writable(out)
-    result = tune_model(
-        model, nfe=settings.nfe, effort=settings.effort, noise=settings.noise, conditions=conditions, metric=settings.metric,
-        seed=settings.seed, resume=out / "progress", progress=True,
-    )  # fmt: skip
-    result = result.with_training_cost(training_passes(name))
-    result.save(out)
-    pictures, target = _pictures(model, result, settings.seed)
-    write_report(result.report, out, samplers=result.by_name(), pictures=pictures, reference_picture=target)
-    shutil.rmtree(out / "progress", ignore_errors=True)
-    if not quiet:
-        to_console(result.report)
-        print(f"samplers and report in {out}; open {out / 'report.html'}")
-        print(f"use one:  fewstep sample {name} --sampler {out / f'nfe-{max(result)}'} --num 64 --out samples")
-    return {**result.report.to_dict(), "samplers": {str(n): str(out / f"nfe-{n}") for n in result}}
-
-
-def _pictures(model: "Model", result: "TuneResult", seed: int) -> tuple[dict[str, "Tensor"], "Tensor"]:
-    """Samples of the tuned samplers and of the best stock scheduler of each budget, all from the same noise."""
-    import torch
-
-    from .ladder import draw
-    from .trajectory import reference
-
-    assert model.shape is not None
-    count = 20
-    field = model.given(torch.arange(count) % model.classes if model.classes else None)
-    noise = draw((count, *model.shape), seed, 3).to(model.device_dtype()[0])
-    pictures = {name: sampler(field, noise) for name, sampler in result.by_name(rivals=True).items()}
-    return pictures, reference(field, noise, tol=1e-3).end
 
 
 @app.command
@@ -155,8 +69,8 @@ def sample(
 
     if num < 1:
         raise ValueError(f"--num must be at least 1, got {num}")
-    _writable(out)
-    loaded = _load(model)
+    writable(out)
+    loaded = load_model(model)
     noise, labels = _noise(loaded, num, seed), _labels(loaded, num)
     conditions = parse_conditions(which.condition, which.guidance) or [{}]
     if len(conditions) > 1:
@@ -208,8 +122,8 @@ def evaluate(
     from .report import write_report
 
     if out is not None:
-        _writable(out)
-    loaded = _load(model)
+        writable(out)
+    loaded = load_model(model)
     conditions = parse_conditions(which.condition, which.guidance) or [{}]
     shape = (noise * len(conditions), *_shape(loaded))
     device = loaded.device_dtype()[0]
@@ -279,18 +193,6 @@ def doctor(*, json: bool = False) -> None:
         sys.exit(1)
 
 
-def _load(name: str) -> "Model":
-    """A model by name. Waking a second thread costs more than it adds to a network as small as the bundled ones."""
-    import torch
-
-    from .zoo import ResidualMLP, load
-
-    model = load(name)
-    if isinstance(model.network, ResidualMLP) and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)
-    return model
-
-
 def _shape(model: "Model") -> tuple[int, ...]:
     if model.shape is None:
         raise ValueError(f"{model.name} does not say the shape of a sample: give adapt(..., shape=...)")
@@ -320,24 +222,6 @@ def _field(
     return fields[0] if len(fields) == 1 else JointField(fields)
 
 
-def _writable(folder: Path) -> None:
-    """Fail before the work, not after it."""
-    from .artifact import atomic_write
-
-    probe = folder / ".writable"
-    atomic_write(probe, b"")
-    probe.unlink()
-
-
-def _config_file(words: Sequence[str]) -> str:
-    """What follows --config, or its = sign; nothing where it is not given."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, _, value = word.partition("=")
-        if name == "--config":
-            return value or following
-    return ""
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point: errors that a user can mend are one line and exit 1, Ctrl-C is exit 130."""
     # Idle OpenMP threads that spin slow everything else on a shared machine (and torch itself beside another process).
@@ -346,12 +230,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] == ["tune"] and (file := _config_file(words)):
-            given = {word.partition("=")[0] for word in words}
-            words[1:1] = as_flags({k: v for k, v in settings_in(Path(file)).items() if f"--{k}" not in given})
+        before = {"tune": cli_tune.flags_before, "train": cli_train.flags_before}.get(words[0] if words else "")
+        if before is not None:
+            words[1:1] = before(words)
         app(words)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from here", file=sys.stderr)
+        print("interrupted; run the same command again to go on from here (fewstep train: with --resume)", file=sys.stderr)
         sys.exit(130)
     except (FewstepError, ValueError) as error:
         print(f"fewstep: {error}", file=sys.stderr)

@@ -114,6 +114,16 @@ def path_of(f: Any) -> AffinePath | None:
     return getattr(f, "path", None)
 
 
+def span_of(f: Any) -> tuple[float, float]:
+    """First and last time at which the network behind this field is asked at the field's own time."""
+    if isinstance(f, CountedField):
+        return span_of(f.field)
+    if isinstance(f, JointField):
+        firsts, lasts = zip(*(span_of(inner) for inner in f.fields), strict=True)
+        return max(firsts), min(lasts)
+    return (f.first, f.last) if isinstance(f, ModelField) else (0.0, 1.0)
+
+
 def start_scale(f: Any) -> float:
     """Standard deviation of the state at t = 0 for this field."""
     path = path_of(f)

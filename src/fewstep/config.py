@@ -3,6 +3,7 @@
 import difflib
 import json
 import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -63,22 +64,22 @@ class TuneConfig:
     """Folder for samplers and report; an interrupted run resumes from it."""
 
 
-def settings_in(path: Path) -> dict[str, Any]:
-    """The settings of a TOML or JSON file for `fewstep tune`, checked against `TuneConfig`.
+def settings_in(path: Path, config: type) -> dict[str, Any]:
+    """The settings of a TOML, YAML or JSON file, checked against the fields of `config`.
 
     Raises:
         ValueError: unreadable, or an unknown key (the nearest one is suggested).
     """
     try:
         text = path.read_text(encoding="utf-8")
-        data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        data = _parsed(text, path.suffix)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
     except (json.JSONDecodeError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is neither TOML nor JSON: {error}") from None
+        raise ValueError(f"{path} is neither TOML, YAML nor JSON: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} must hold settings by name, such as nfe = [4, 8]")
-    known = [f.name for f in fields(TuneConfig)]
+    known = [f.name for f in fields(config)]
     for key in data:
         if key not in known:
             near = difflib.get_close_matches(str(key), known, n=1)
@@ -87,17 +88,42 @@ def settings_in(path: Path) -> dict[str, Any]:
     return data
 
 
-def as_flags(settings: dict[str, Any]) -> list[str]:
+def _parsed(text: str, suffix: str) -> Any:
+    if suffix == ".json":
+        return json.loads(text)
+    if suffix not in (".yaml", ".yml"):
+        return tomllib.loads(text)
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise json.JSONDecodeError(" ".join(str(error).split()), text, 0) from None
+
+
+def flag_value(words: Sequence[str], flag: str) -> str:
+    """What follows `flag`, or its = sign; nothing where it is not given."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        if name == flag:
+            return value or following
+    return ""
+
+
+def as_flags(settings: Mapping[str, Any]) -> list[str]:
     """The same settings as command-line words, so that a file and flags go through one parser."""
     words: list[str] = []
     for key, value in settings.items():
+        flag = f"--{key.replace('_', '-')}"
+        if value is None:
+            continue
         if isinstance(value, bool):
-            words += [f"--{key}"] if value else []
+            words += [flag] if value else [flag.replace("--", "--no-", 1)] if key == "attention" else []
         elif key == "condition":
             for entry in value if isinstance(value, list) else [value]:
                 words.append(f"--condition={entry}")
         else:
-            words.append(f"--{key}=" + (",".join(map(str, value)) if isinstance(value, list) else str(value)))
+            words.append(f"{flag}=" + (",".join(map(str, value)) if isinstance(value, list) else str(value)))
     return words
 
 

@@ -14,11 +14,12 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin, SchedulerOutpu
 from torch import Tensor
 
 from ._conventions import adapt_like as adapt_like
-from ._plan import Stepper
+from ._export import input_levels, scheduler_config
+from ._plan import Stepper, resume, shared
 from ._types import ArtifactError, BudgetError
 from ._unit_vectors import from_diffusers as from_diffusers
-from .artifact import SAMPLER, SCHEDULER, path_from_repr, read_sampler, scheduler_config
-from .path import AffinePath, raw_mix
+from .artifact import SAMPLER, SCHEDULER, read_sampler
+from .path import AffinePath
 from .sampler import Sampler
 
 NEAR = 1e-3
@@ -102,7 +103,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                 f"{known or 'unknown'}; give the network's path: from_sampler(sampler, path=...)"
             )
         table = {key: value for key, value in config.items() if not key.startswith("_")}
-        return cls(**table, levels=_levels(sampler, path, sigma_data))
+        return cls(**table, levels=input_levels(sampler, path, sigma_data))
 
     @classmethod
     def from_pretrained(  # type: ignore[override]  # diffusers' own signature, less what does not concern a folder
@@ -125,7 +126,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
                     f"{folder} has no {SCHEDULER}: its table over bare outputs needs the network's path; use "
                     "TableScheduler.from_sampler(Sampler.load(directory), path=...)"
                 )
-            kwargs = {"levels": _levels(sampler, None, None), **kwargs}
+            kwargs = {"levels": input_levels(sampler, None, None), **kwargs}
         return super().from_pretrained(
             str(pretrained_model_name_or_path), subfolder=subfolder, return_unused_kwargs=return_unused_kwargs, **kwargs
         )
@@ -197,7 +198,7 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: the table has none there.
         """
-        if isinstance(timestep, Tensor) and timestep.numel() == 1 and _shared(timestep, self.timesteps):
+        if isinstance(timestep, Tensor) and timestep.numel() == 1 and shared(timestep, self.timesteps):
             return int(timestep.storage_offset())  # one of ours: its place says which, without waiting for the device
         value = float(timestep)
         index = min(range(len(self._clock)), key=lambda i: abs(self._clock[i] - value))
@@ -239,7 +240,8 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index >= self._table.nfe:
             raise ValueError(f"all {self._table.nfe} steps of this table are done; call set_timesteps for another run")
         if self._stepper is None:
-            self._stepper = self._start(self._step_index, model_output, sample)
+            state = sample.to(torch.promote_types(sample.dtype, torch.float32), copy=True)
+            self._stepper = resume(self._table.plan, self._table.a, self._table.b, self._step_index, state, model_output)
         else:
             self._follow(self._stepper, sample)
         state = self._stepper.advance(model_output)
@@ -251,20 +253,6 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         if self._step_index == self._table.nfe:
             self._forget()
         return SchedulerOutput(prev_sample=result) if return_dict else (result,)
-
-    def _start(self, index: int, output: Tensor, sample: Tensor) -> Stepper:
-        state = sample.to(torch.promote_types(sample.dtype, torch.float32), copy=True)
-        if index == 0:
-            return Stepper(self._table.plan, state, reuse=False)
-        weight, output = float(self._table.a[index]), output.to(state.dtype)
-        if weight == 0.0:
-            raise ValueError(f"this table cannot start at call {index}: its state there does not depend on the noise (a = 0)")
-        noise = torch.add(state, output, alpha=-float(self._table.b[index].sum())) / weight
-        stepper = Stepper(self._table.plan, noise, reuse=False)
-        for _ in range(index):
-            stepper.advance(output)
-        stepper.shift(state - stepper.state, self._table.a.tolist())
-        return stepper
 
     def _follow(self, stepper: Stepper, sample: Tensor) -> None:
         """Move the stepper to the sample that came back, if it is not what was handed out."""
@@ -295,21 +283,6 @@ class TableScheduler(SchedulerMixin, ConfigMixin):
         return self.config["num_train_timesteps"]
 
 
-def _shared(x: Tensor, y: Tensor) -> bool:
-    return x.untyped_storage().data_ptr() == y.untyped_storage().data_ptr()
-
-
 def _version(x: Tensor) -> int | None:
     """Counts writes to `x`; unknown for tensors of `torch.inference_mode`."""
     return None if x.is_inference() else x._version
-
-
-def _levels(sampler: Sampler, path: AffinePath | None, sigma_data: float | None) -> list[list[float]] | None:
-    """Data and noise weights of the network's input at every call; None if the path is not known."""
-    path = path or path_from_repr(sampler.provenance.path)
-    if path is None:
-        return None
-    made = sampler.provenance
-    scale = raw_mix(path, sampler.times, made.raw, made.sigma_data if sigma_data is None else sigma_data)[0]
-    alpha, sigma, *_ = path.coefficients(sampler.times)
-    return torch.stack([scale * alpha, scale * sigma], dim=1).tolist()

@@ -7,12 +7,13 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 from torch import Tensor
 
 from ._plan import Plan, Stepper, make_plan
-from ._types import Field, FieldError, PathField, Prediction, Raw, State
+from ._types import RAW_PREDICTS, Bare, Field, FieldError, PathField, Prediction, Raw, State
 from .path import AffinePath, raw_mix
 
 
@@ -26,7 +27,8 @@ class Provenance:
         fingerprint: SHA-256 of that model's weights.
         path: the path, as its repr.
         shape: shape of one sample.
-        raw: how a pipeline's network relates to `Sampler.predicts` (see `fewstep.path.raw_mix`).
+        raw: what a pipeline's network returns: "plain" is `Sampler.predicts`, a prediction is that one, the others are those
+            of `fewstep.path.raw_mix`.
         sigma_data: of the preconditioning that raw="edm" stands for.
         conditions: the conditions that it was tuned for.
         seed: seed of the tuning noise.
@@ -39,7 +41,7 @@ class Provenance:
     fingerprint: str = ""
     path: str = ""
     shape: tuple[int, ...] | None = None
-    raw: Raw = "plain"
+    raw: Bare = "plain"
     sigma_data: float = 0.5
     conditions: tuple[str, ...] = ()
     seed: int | None = None
@@ -116,7 +118,8 @@ class Sampler:
 
         Args:
             field: ``field(x, t) -> velocity``; a field from `Model.given` if `predicts` is not "velocity". It may return `x`
-                or a view of it, but must not keep it: later states are written into the same memory.
+                or a view of it, but must not keep it: later states are written into the same memory. It may return one and the
+                same buffer at every call.
             noise: (batch, *shape) standard normal noise on the field's device.
             trajectory: return all states, (nfe + 1, batch, *shape), instead of the last.
             progress: show a progress bar.
@@ -125,7 +128,8 @@ class Sampler:
             The sample (batch, *shape), at least float32.
 
         Raises:
-            FieldError: the field cannot give the output that the rows combine, or lives on another path.
+            FieldError: the field cannot give the output that the rows combine, or lives on another path; or it writes over an
+                earlier output that is still needed, other than by returning one buffer at every call.
         """
         ask = self._asker(field)
         noise = noise.float() if noise.dtype in (torch.float16, torch.bfloat16) else noise
@@ -167,6 +171,9 @@ class Sampler:
     def rebase(self, path: AffinePath, target: Prediction) -> "Sampler":
         """The same sampler over another prediction of the network: equal samples, other numbers.
 
+        The network stays the same: where the table was made for one (its provenance names the path), `Provenance.raw` still
+        says what that returns, and the table that is exported for it does not change.
+
         Raises:
             ValueError: at one of the times the two predictions do not determine each other (name the time).
         """
@@ -175,16 +182,30 @@ class Sampler:
         mixes = [path.mix(t, target, self.predicts) for t in self.times]
         p, q = (torch.stack(list(column)) for column in zip(*mixes, strict=True))
         a, b = substitute(self.a, self.b, p=p, q=q)
-        return replace(self, a=a, b=b, predicts=target)
+        made, raw = self.provenance, self.provenance.raw
+        if raw == target:
+            raw = "plain"
+        elif raw == "plain" and made.path:
+            raw = self.predicts
+        return replace(self, a=a, b=b, predicts=target, provenance=replace(made, raw=raw))
 
-    def raw_table(self, path: AffinePath | None, raw: Raw, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
-        """(a, b) over a network's bare outputs and inputs, as a diffusers pipeline sees them (`path.raw_mix`)."""
-        if raw == "plain":
+    def raw_table(self, path: AffinePath | None, raw: Bare, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
+        """(a, b) over a network's bare outputs and inputs, as a diffusers pipeline sees them (`Provenance.raw`).
+
+        Raises:
+            ValueError: the path is needed and not given, or the outputs do not determine what the rows combine.
+        """
+        if raw in ("plain", self.predicts):
             return self.a, self.b
-        if raw == "negated":
+        if raw == "negated" and self.predicts == "velocity":
             return self.a, -self.b
         if path is None:
             raise ValueError(f'a table over "{raw}" outputs needs the path that they belong to')
+        if raw in get_args(Prediction):
+            return self.rebase(path, cast(Prediction, raw)).raw_table(path, "plain")
+        raw = cast(Raw, raw)
+        if RAW_PREDICTS[raw] != self.predicts:
+            return self.rebase(path, RAW_PREDICTS[raw]).raw_table(path, raw, sigma_data)
         mixes = [raw_mix(path, t, raw, sigma_data) for t in self.times]
         s, p, q = (torch.stack(list(column)) for column in zip(*mixes, strict=True))
         a, b = substitute(self.a, self.b, p=p, q=q)

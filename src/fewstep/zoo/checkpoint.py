@@ -4,28 +4,27 @@
 """
 
 import hashlib
-import json
-import math
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor
+from torch import Tensor, nn
 
-from .. import __version__
 from .._disk import disk_errors, refusal, short, staged
-from .._types import Prediction
-from ..artifact import _first, _Strict, path_from_repr
+from .._schema import Strict, first_complaint, read_versioned
+from .._types import FewstepError, Prediction, Raw
+from ..artifact import path_from_repr
 from ..calling import call_network
 from ..field import Model, adapt
 from .network import ResidualMLP
+from .networks import KINDS, DiffusersNetwork, build, kind_of
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
@@ -33,12 +32,15 @@ SCHEMA_VERSION = 1
 SIZE_LIMIT = {CONFIG: 2**20, WEIGHTS: 2**31}
 """Bytes; what a small bundled model stays far below."""
 
+Precision = Literal["float32", "bfloat16"]
+"""How weights are stored; they are computed with as float32 either way."""
+
 _AGAIN = "save the model again with fewstep.zoo.save_model"
 _Size = Annotated[int, Field(ge=1, le=2**20)]
 _Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class TrainingRecord(_Strict):
+class TrainingRecord(Strict):
     """How the weights came about.
 
     Attributes:
@@ -58,7 +60,7 @@ class TrainingRecord(_Strict):
 
     command: str
     data: str
-    recipe: dict[str, int | float | str]
+    recipe: dict[str, Any]
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     steps: _Count
     samples: _Count
@@ -69,23 +71,18 @@ class TrainingRecord(_Strict):
     versions: dict[str, str]
 
 
-class NetworkConfig(_Strict):
-    """Arguments of `ResidualMLP` beyond shape and classes."""
-
-    width: Annotated[int, Field(ge=1, le=2**14)]
-    blocks: Annotated[int, Field(ge=0, le=256)]
-    dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-class ModelConfig(_Strict):
+class ModelConfig(Strict):
     """``config.json``."""
 
     schema_version: Literal[1]
-    kind: Literal["residual-mlp"]
+    kind: Literal["mlp", "unet2d", "unet1d", "dit"]
     name: Annotated[str, Field(min_length=1, max_length=200)]
-    network: NetworkConfig
+    network: dict[str, Any]
+    stored: Precision
     path: str
     predicts: Prediction
+    raw: Raw
+    sigma_data: Annotated[float, Field(gt=0)]
     shape: Annotated[list[_Size], Field(min_length=1, max_length=8)]
     classes: Annotated[int, Field(ge=1, le=2**20)] | None
     null_label: Annotated[int, Field(ge=0, le=2**20)] | None
@@ -98,14 +95,16 @@ def save_model(
     model: Model,
     directory: str | Path,
     *,
+    stored: Precision = "float32",
     data_range: tuple[float, float] | None = None,
     training: TrainingRecord | None = None,
 ) -> Path:
-    """Save a model whose network is a `ResidualMLP`, so that ``load(directory)`` gives it back bit for bit.
+    """Save a model whose network `fewstep.zoo.networks.build` made, so that ``load(directory)`` gives it back.
 
     Args:
-        model: from ``adapt(network, ...)``, asked as it stands: no raw convention, no clock or call of its own.
+        model: from ``adapt(network, ...)``, with raw="plain" or "edm" and no clock or call of its own.
         directory: made if it is missing.
+        stored: "float32" gives the network back bit for bit, "bfloat16" rounds its weights and halves the file.
         data_range: what values the data take.
         training: how the weights came about.
 
@@ -117,18 +116,23 @@ def save_model(
             folder that cannot be written.
     """
     folder = Path(directory)
-    network = _storable(model)
+    kind, network = _storable(model)
     tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
     if (bad := _not_finite(tensors)) is not None:
         raise refusal(f"cannot save {model.name}: its weight {bad} holds NaN or infinity; go back to the last good checkpoint")
+    if stored != "float32":
+        tensors = {name: value.to(getattr(torch, stored)) for name, value in tensors.items()}
     weights = save_tensors(tensors)
     content = {
         "schema_version": SCHEMA_VERSION,
-        "kind": "residual-mlp",
+        "kind": kind,
         "name": model.name,
         "network": network.config,
+        "stored": stored,
         "path": repr(model.path),
         "predicts": model.predicts,
+        "raw": model.raw,
+        "sigma_data": model.sigma_data,
         "shape": list(network.shape),
         "classes": network.classes or None,
         "null_label": model.null_label,
@@ -139,7 +143,7 @@ def save_model(
     try:
         config = ModelConfig.model_validate(content).model_dump_json(indent=2) + "\n"
     except ValidationError as error:
-        raise refusal(f"cannot save {model.name}: {_first(error)}; correct it and save again") from error
+        raise refusal(f"cannot save {model.name}: {first_complaint(error)}; correct it and save again") from error
     with disk_errors(folder), ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
         new_weights = stack.enter_context(staged(folder / WEIGHTS, weights))
@@ -176,6 +180,8 @@ def read_model(directory: str | Path) -> Model:
         network,
         path=path,
         predicts=config.predicts,
+        raw=config.raw,
+        sigma_data=config.sigma_data,
         shape=config.shape,
         null_label=config.null_label,
         classes=config.classes,
@@ -191,40 +197,32 @@ def read_config(directory: str | Path) -> ModelConfig:
     """
     file = Path(directory) / CONFIG
     data = _read(file)
-    try:
-        content = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:
-        raise refusal(f"{file} is not the JSON that fewstep wrote ({short(error)}): cut off or edited; {_AGAIN}") from error
-    version = content.get("schema_version") if isinstance(content, dict) else None
-    if type(version) is not int or version < 1:
-        raise refusal(f"{file} is not a model: it is no JSON object with a schema_version from 1 on; {_AGAIN}")
-    if version > SCHEMA_VERSION:
-        raise refusal(
-            f"{file} has schema version {short(version)}, fewstep {__version__} reads up to {SCHEMA_VERSION}: "
-            "written by a newer fewstep; upgrade with pip install -U fewstep"
-        )
+    content = read_versioned(file, data, what="model", version=SCHEMA_VERSION, remedy=_AGAIN)
     try:
         return ModelConfig.model_validate(content)
     except ValidationError as error:
-        raise refusal(f"{file} does not describe a model: {_first(error)}; {_AGAIN}") from error
+        raise refusal(f"{file} does not describe a model: {first_complaint(error)}; {_AGAIN}") from error
 
 
-def _storable(model: Model) -> ResidualMLP:
-    """The network, if the format can say everything about how this model asks it."""
+def _storable(model: Model) -> tuple[str, ResidualMLP | DiffusersNetwork]:
+    """The network and its kind, if the format can say everything about how this model asks it."""
     network = model.network
-    if not isinstance(network, ResidualMLP):
+    kind = kind_of(network)
+    if kind is None or not isinstance(network, ResidualMLP | DiffusersNetwork):
         raise refusal(
-            f"only models on fewstep.zoo.ResidualMLP are saved as numbers, {model.name} is a {type(network).__name__}; keep it "
-            "in your own format and name a function that builds it: package.module:function"
+            f"only networks of fewstep.zoo.networks ({', '.join(KINDS)}) are saved as numbers, {model.name} is a "
+            f"{type(network).__name__}; keep it in your own format and name a function that builds it: package.module:function"
         )
     if path_from_repr(repr(model.path)) != model.path:
         raise refusal(
             f"cannot save {model.name}: a directory holds models on CondOT, Cosine, VP, VE or EDM, not {model.path!r}"
         )
-    if model.raw != "plain" or model.label_key != "label" or model.call is not call_network or model.clock(0.25) != 0.25:
+    usual = adapt(network, path=model.path, predicts=model.predicts, raw=model.raw).clock
+    same_clock = all(float(model.clock(torch.tensor(t))) == float(usual(torch.tensor(t))) for t in (0.25, 0.5))
+    if model.raw not in ("plain", "edm") or model.label_key != "label" or model.call is not call_network or not same_clock:
         raise refusal(
-            f'cannot save {model.name}: a directory holds models with raw="plain", label_key="label" and no call or clock of '
-            "their own"
+            f'cannot save {model.name}: a directory holds models with raw="plain" or "edm", label_key="label" and no call or '
+            "clock of their own"
         )
     classes = network.classes or None
     if (
@@ -236,38 +234,33 @@ def _storable(model: Model) -> ResidualMLP:
             f"cannot save {model.name}: the network has shape {network.shape}, classes {classes} and null label {classes}, "
             f"the model says {model.shape}, {model.classes} and {model.null_label}"
         )
-    return network
+    return kind, network
 
 
-def _network(config: ModelConfig, tensors: Mapping[str, Tensor], file: Path) -> ResidualMLP:
-    asked, held = _fewest_bytes(config), sum(value.nbytes for value in tensors.values())
-    if asked > held:  # before that much memory is taken
-        raise refusal(
-            f"{file} does not hold this network: its weights take at least {asked} bytes, the file has {held}; {_AGAIN}"
-        )
-    with torch.random.fork_rng(devices=[]):
-        network = ResidualMLP(tuple(config.shape), config.classes or 0, **config.network.model_dump())
-    expected = network.state_dict()
+def _network(config: ModelConfig, tensors: Mapping[str, Tensor], file: Path) -> nn.Module:
+    arguments = config.kind, tuple(config.shape), config.classes or 0, config.network
+    try:
+        with torch.device("meta"):  # before that much memory is taken
+            expected = build(*arguments).state_dict()
+    except FewstepError as error:
+        raise refusal(f"{file.with_name(CONFIG)} does not describe a model: {error}; {_AGAIN}") from error
     if expected.keys() != tensors.keys():
         missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
         raise refusal(f"{file} does not hold this network: missing {short(missing)}, not asked for {short(extra)}; {_AGAIN}")
+    stored = getattr(torch, config.stored)
     for name, value in tensors.items():
-        if value.shape != expected[name].shape or value.dtype != torch.float32:
+        if value.shape != expected[name].shape or value.dtype != stored:
             raise refusal(
-                f"{file}: {name} must be float32 of shape {tuple(expected[name].shape)}, "
+                f"{file}: {name} must be {config.stored} of shape {tuple(expected[name].shape)}, "
                 f"got {value.dtype} of shape {tuple(value.shape)}; {_AGAIN}"
             )
     if (bad := _not_finite(tensors)) is not None:
         raise refusal(f"{file}: weight {bad} holds NaN or infinity; {_AGAIN}")
+    with torch.random.fork_rng(devices=[]):
+        network = build(*arguments)
     # Copied, not assigned: a tensor inside the file's bytes can lie at an odd address, which costs speed and exact repetition.
     network.load_state_dict(tensors)
     return network.eval().requires_grad_(False)
-
-
-def _fewest_bytes(config: ModelConfig) -> int:
-    """The large weights of the network that `config` describes: two in every block, one at both ends, the labels."""
-    width, size = config.network.width, math.prod(config.shape)
-    return 4 * width * (2 * config.network.blocks * width + 2 * size + (config.classes or 0))
 
 
 def _tensors(file: Path, data: bytes) -> dict[str, Tensor]:

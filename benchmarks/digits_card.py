@@ -1,24 +1,52 @@
-"""The model card of the digits: measured on the saved model, never typed."""
+"""The page of the bundled digits model, measured on it and never typed: ``python benchmarks/digits_card.py DIRECTORY``.
 
+The bundled model is ``fewstep train --recipe digits --out DIRECTORY``; this replaces the page and pictures that training left.
+"""
+
+import argparse
 import io
 import json
 import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._disk import atomic_write
-from ..field import Model
-from ..grid import TimeGrid
-from ..trajectory import record, reference
-from .checkpoint import WEIGHTS, TrainingRecord, read_config, read_model
-from .train_digits import CLASSES, CURVE, SHAPE, Digits, load_digits
+from fewstep._disk import atomic_write
+from fewstep.field import Model
+from fewstep.grid import TimeGrid
+from fewstep.training.data import FiniteSource, open_source
+from fewstep.training.finish import CURVE
+from fewstep.trajectory import record, reference
+from fewstep.zoo.checkpoint import WEIGHTS, TrainingRecord, read_config, read_model
 
+SHAPE, CLASSES = (1, 8, 8), 10
 SAMPLES = 2000
+SAID = ("batch", "lr", "warmup", "weight_decay", "ema", "label_dropout", "dropout", "width", "blocks")
 BUDGETS = (4, 6, 8, 10, 20)
+
+
+class Digits(NamedTuple):
+    """Images (n, 1, 8, 8) in [-1, 1] with labels (n,), and those kept aside from training."""
+
+    images: Tensor
+    labels: Tensor
+    held_images: Tensor
+    held_labels: Tensor
+
+
+def load_digits() -> Digits:
+    """What the recipe trained on, and what it kept aside."""
+    source = open_source("digits", hold_out=6)
+    held = source.held_out()
+    whole = open_source("digits", hold_out=0)
+    assert held is not None and held[1] is not None
+    assert isinstance(whole, FiniteSource) and whole.labels is not None
+    aside = torch.arange(len(whole.data)) % 6 == 5
+    return Digits(whole.data[~aside], whole.labels[~aside], held[0], held[1])
 
 
 @dataclass(frozen=True)
@@ -68,9 +96,9 @@ def write_card(directory: Path) -> Measured:
         max(solution.error for solution in solutions.values()),
     )
     training = read_config(directory).training
-    assert training is not None, "train_digits records how it trained"
+    assert training is not None, "fewstep train records how it trained"
     atomic_write(directory / "samples.png", _samples_picture(samples, labels))
-    atomic_write(directory / "curve.png", _curve_picture(json.loads((directory / CURVE).read_text())))
+    atomic_write(directory / "curve.png", _curve_picture([json.loads(line) for line in (directory / CURVE).read_text().splitlines()]))
     atomic_write(directory / "README.md", _text(model, training, measured, digits, (directory / WEIGHTS).stat().st_size))
     return measured
 
@@ -124,7 +152,7 @@ def _curve_picture(curve: list[dict[str, float]]) -> bytes:
 
     figure = Figure(figsize=(6.0, 3.6), layout="constrained")
     axes = figure.subplots()
-    for name, words in (("batches", "batches (dropout on)"), ("seen", "seen digits"), ("unseen", "digits kept aside")):
+    for name, words in (("loss", "batches (dropout on)"), ("held_out", "digits kept aside")):
         axes.plot([p["step"] for p in curve], [p[name] for p in curve], label=words)
     axes.set(xlabel="step", ylabel="mean squared velocity error")
     axes.grid(alpha=0.3)
@@ -140,13 +168,13 @@ def _png(figure) -> bytes:
 
 def _text(model: Model, training: TrainingRecord, m: Measured, digits: Digits, size: int) -> str:
     facts = training.model_dump() | {
-        "recipe": ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in training.recipe.items()).capitalize(),
+        "recipe": ", ".join(f"{name.replace('_', ' ')} {training.recipe[name]}" for name in SAID).capitalize(),
         "versions": ", ".join(f"{name} {value}" for name, value in training.versions.items()),
         "cpu_minutes": training.cpu_hours * 60,
         "minutes": training.hours * 60,
         **{f"loss_{name}": value for name, value in training.losses.items()},
     }
-    template = (Path(__file__).parent / "card_template.md").read_text(encoding="utf-8")
+    template = (Path(__file__).parent / "digits_card.md").read_text(encoding="utf-8")
     filled = template.format(
         **facts,
         path=repr(model.path),
@@ -184,3 +212,9 @@ def _table(head: list[str | int], rows: list[list[str | float]]) -> str:
     cells = [[str(value) for value in head], ["---"] * len(head)]
     cells += [[value if isinstance(value, str) else f"{value:.3f}" for value in row] for row in rows]
     return "\n".join("| " + " | ".join(row) + " |" for row in cells)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("directory", type=Path, help="folder of the trained model")
+    write_card(parser.parse_args().directory)

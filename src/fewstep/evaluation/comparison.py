@@ -8,11 +8,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ._types import Field, State
-from .composite import CountedField, JointField
-from .sampler import Sampler
-from .trajectory import Reference
-from .trajectory import reference as solve
+from .._types import Field, State
+from ..composite import CountedField, JointField
+from ..sampler import Sampler
+from ..trajectory import Reference
+from ..trajectory import reference as solve
 
 Metric = Literal["rmse", "psnr", "frechet"]
 Group = Literal["tuned", "method", "stock", "corrected", "adaptive", "other"]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from .run_state import Run
+from .state import Run
 
 
 @contextmanager
@@ -34,20 +34,24 @@ def interrupted() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def shown(run: Run, steps: int, every: int) -> Iterator[Callable[[], None]]:
+def shown(run: Run, steps: int, batch: int, every: int, show: bool) -> Iterator[Callable[[], None]]:
     """Progress on stderr with rate and time left: a bar on a terminal, a line for every point of the curve elsewhere."""
     first, start = run.step, time.perf_counter()
 
     def words() -> str:
         rate = (run.step - first) / max(time.perf_counter() - start, 1e-9)
-        point = run.curve[-1] if run.curve else {"seen": math.nan, "unseen": math.nan}
+        point = run.curve[-1] if run.curve else {"loss": math.nan}
+        losses = ", ".join(f"{name} {point[name]:.4f}" for name in point if name not in ("step", "lr", "samples_per_s"))
         left = int((steps - run.step) / rate) if rate else 0
-        return f"loss {point['seen']:.4f}, unseen {point['unseen']:.4f}  {rate:5.1f} steps/s  {left // 60}:{left % 60:02d} left"
+        return f"{losses}  {rate:5.1f} steps/s, {rate * batch:,.0f} samples/s  {_clock(left)} left"
 
     def line() -> None:
         if run.step % every == 0 or run.step == steps:
             print(f"step {run.step:>6}/{steps}  {words()}", file=sys.stderr, flush=True)
 
+    if not show:
+        yield lambda: None
+        return
     if not sys.stderr.isatty():
         yield line
         return
@@ -58,3 +62,8 @@ def shown(run: Run, steps: int, every: int) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(words(), total=steps, completed=first)
         yield lambda: bar.update(task, completed=run.step, description=words())
+
+
+def _clock(seconds: int) -> str:
+    hours, rest = divmod(seconds, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

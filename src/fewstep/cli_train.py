@@ -1,0 +1,110 @@
+"""`fewstep train`: nothing here imports torch before the command runs."""
+
+import difflib
+import json as jsonlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from .config import as_flags, flag_value, settings_in
+
+from .training.recipe import RECIPES, Keeping, Recipe, plain
+
+
+def train(
+    *,
+    recipe: Annotated[str, Parameter()] = "",
+    settings: Recipe = Recipe(),  # noqa: B008  # frozen
+    keeping: Keeping = Keeping(),  # noqa: B008  # frozen
+    out: Path = Path("fewstep-train"),
+    resume: bool = False,
+    processes: int = 1,
+    skip_unreadable: bool = False,
+    print_config: bool = False,
+    json: bool = False,
+) -> None:
+    """Train a flow or diffusion model on your data; the folder it leaves is a MODEL for the other commands.
+
+    Args:
+        recipe: digits, density2d, cifar10-flow, cifar10-vp, cifar10-edm, or a YAML, TOML or JSON file with any of the settings
+            below; flags win over it.
+        settings: see below.
+        keeping: see below.
+        out: folder for checkpoints, curve, previews and the model.
+        resume: continue the unfinished run in OUT; its own recipe is the default then.
+        processes: processes to share each batch among (started by torchrun).
+        skip_unreadable: leave out images that cannot be read, instead of stopping at the first.
+        print_config: print the recipe as YAML and stop.
+        json: print a summary as JSON.
+    """
+    if print_config:
+        import yaml
+
+        print(yaml.safe_dump(plain(settings), sort_keys=False), end="")
+        return
+    if processes < 1:
+        raise ValueError(f"processes must be at least 1, got {processes}")
+    if processes > 1 and "LOCAL_RANK" not in os.environ:
+        _torchrun(processes)
+    try:
+        from .training.data import open_source
+        from .training.loop import train as run
+    except ImportError as error:
+        raise ValueError(f"training needs {error.name}: pip install 'fewstep[train]'") from error
+
+    if settings.network == "mlp" and "OMP_NUM_THREADS" not in os.environ:
+        import torch
+
+        torch.set_num_threads(1)  # sums are ordered by thread; and waking others costs a small network more than it gains
+    data = None
+    if skip_unreadable:
+        settings.check()
+        data = open_source(
+            settings.data, hold_out=settings.hold_out, flip=settings.flip, dequantize=settings.dequantize, skip_unreadable=True
+        )
+    model = run(settings, out, data=data, resume=resume, keeping=keeping, progress=True)
+    if int(os.environ.get("RANK", "0")) == 0:
+        summary = {"model": str(out), "parameters": model.parameters()}
+        print(jsonlib.dumps(summary) if json else f"model, card and curve in {out}; tune it: fewstep tune {out} --nfe 4,6,8")
+
+
+def flags_before(words: Sequence[str]) -> list[str]:
+    """The settings of --recipe, or of the run that is resumed, as flags to stand before those given.
+
+    Raises:
+        ValueError: no such recipe (the nearest is suggested), or a file with unknown keys.
+    """
+    given = {word.partition("=")[0] for word in words}
+    return as_flags({k: v for k, v in _base(words).items() if f"--{k.replace('_', '-')}" not in given})
+
+
+def _base(words: Sequence[str]) -> dict[str, Any]:
+    name = flag_value(words, "--recipe")
+    if not name and "--resume" in words:
+        from .training.state import stored_recipe
+
+        return stored_recipe(Path(flag_value(words, "--out") or "fewstep-train"))
+    if not name:
+        return {}
+    if name in RECIPES:
+        return plain(RECIPES[name])
+    if Path(name).suffix in (".yaml", ".yml", ".toml", ".json"):
+        return settings_in(Path(name), Recipe)
+    raise ValueError(f'unknown recipe "{name}"; {_nearest(name)}')
+
+
+def _torchrun(processes: int) -> None:
+    """Start this same command once per process; does not come back."""
+    words = list(sys.argv[1:])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "fewstep.cli"]
+    os.execv(sys.executable, [sys.executable, *run, *words])
+
+
+def _nearest(name: str) -> str:
+    near = difflib.get_close_matches(name, RECIPES, n=1)
+    return f'did you mean "{near[0]}"?' if near else f"known recipes: {', '.join(RECIPES)}; or a YAML, TOML or JSON file"

@@ -1,0 +1,131 @@
+"""From a recipe to the parts of a run: path, network, objective, coupling, time law."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._types import FewstepError
+from ..artifact import path_from_repr
+from ..field import Model, adapt
+from ..path import AffinePath
+from ..zoo.networks import build
+from .batch import Batch, Objective
+from .coupling import COUPLINGS, Coupling
+from .data import Source
+from .keyed import Keyed, generator
+from .objective import FlowAndDivergence, Regression
+from .recipe import Recipe
+from .timelaw import LAWS, TimeLaw, draw_times
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe says, as objects.
+
+    Attributes:
+        recipe: the recipe.
+        data: where samples come from.
+        source: where paths start; None: standard normal noise.
+        path: the affine path.
+        objective: what is minimised.
+        regression: its regression alone, which a loss on samples kept aside is measured with.
+        coupling: how noise and data are paired.
+        law: of the training times.
+        model: puts any network that is called ``network(x, t, label)`` into this recipe's `Model`.
+    """
+
+    recipe: Recipe
+    data: Source
+    source: Source | None
+    path: AffinePath
+    objective: Objective
+    regression: Objective
+    coupling: Coupling
+    law: TimeLaw
+    model: Callable[[nn.Module], Model]
+
+    def batch(self, step: int, start: int, stop: int, device: torch.device) -> Batch:
+        """Samples `start` to `stop` of the batch of one step: the same ones whoever asks."""
+        recipe, total = self.recipe, self.recipe.batch
+        mine = Keyed(recipe.seed, step, start, stop)
+        drawn = mine.share(0, total) if self.coupling.whole else mine  # the coupling looks at the whole batch
+        x1, label = self.data.draw(drawn, total)
+        x0 = self._start(drawn)
+        x0 = x0.index_select(0, self.coupling(x0, x1, label))
+        if self.coupling.whole:
+            x0, x1, label = x0[start:stop], x1[start:stop], None if label is None else label[start:stop]
+        if label is not None:
+            dropped = mine.uniform("label") < recipe.label_dropout
+            label = torch.where(dropped, self.data.classes or 0, label).to(device)
+        t = draw_times(self.law, mine, total, self.path, self.span, recipe.stratified)
+        return Batch(x0.to(device), x1.to(device), t.to(device), label, mine)
+
+    @property
+    def passes(self) -> float:
+        """Network passes that a sample costs: three for forward and backward, six more for a sample with its divergence."""
+        recipe = self.recipe
+        return 3.0 + (6.0 * recipe.divergence_share / recipe.divergence_every if recipe.divergence else 0.0)
+
+    @cached_property
+    def span(self) -> tuple[float, float]:
+        """The times at which both the velocity and the network's own prediction are finite."""
+        spans = [self.path.span("velocity"), self.path.span(self.recipe.predicts)]
+        return max(s[0] for s in spans), min(s[1] for s in spans)
+
+    def _start(self, keyed: Keyed) -> Tensor:
+        if self.source is None:
+            return keyed.normal("noise", *self.data.shape)
+        other = Keyed(keyed.seed ^ 0x5EED, keyed.step, keyed.start, keyed.stop)  # not the same order as the data's
+        return self.source.draw(other, self.recipe.batch)[0]
+
+
+def assemble(recipe: Recipe, data: Source, source: Source | None = None) -> Parts:
+    """The parts of a recipe.
+
+    Raises:
+        FewstepError: a setting that contradicts another, or source and data of different shapes.
+    """
+    recipe.check()
+    path = path_from_repr(recipe.path if recipe.path.endswith(")") else f"{recipe.path}()")
+    if path is None:
+        raise FewstepError(f'path must be CondOT(), Cosine(), VP(...), VE(...) or EDM(...), got "{recipe.path}"')
+    if source is not None and source.shape != data.shape:
+        raise FewstepError(f"source and data must have one shape, got {source.shape} and {data.shape}")
+    if data.size is not None and data.size < 1:
+        raise FewstepError("there are no data to train on")
+
+    def model(network: nn.Module) -> Model:
+        return adapt(
+            network, path=path, predicts=recipe.predicts, shape=data.shape, raw=recipe.raw, sigma_data=recipe.sigma_data,
+            classes=data.classes, null_label=data.classes, name=recipe.data,
+        )  # fmt: skip
+
+    base = Regression(target=recipe.target or None, weight=recipe.weight, huber=recipe.huber)
+    objective: Objective = base
+    if recipe.divergence:
+        objective = FlowAndDivergence(
+            base=base, weight=recipe.divergence, form=recipe.divergence_form, share=recipe.divergence_share,
+            every=recipe.divergence_every, probes=recipe.probes,
+        )  # fmt: skip
+    coupling = COUPLINGS[recipe.coupling]()
+    if recipe.divergence and (coupling.whole or source is not None):
+        raise FewstepError("divergence matching needs normal noise that is independent of the data; use coupling = independent")
+    law = LAWS[recipe.time](**({"mean": recipe.time_mean, "std": recipe.time_std} if "normal" in recipe.time else {}))
+    return Parts(recipe, data, source, path, objective, base, coupling, law, model)
+
+
+def fresh_network(recipe: Recipe, data: Source) -> nn.Module:
+    """The recipe's network with the seed's first weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.random.set_rng_state(generator(recipe.seed, "weights").get_state())
+        return build(recipe.network, data.shape, data.classes or 0, recipe.network_options())
+
+
+def optimizer_for(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW in one fused kernel."""
+    settings: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay, "betas": (0.9, recipe.beta2)}
+    return torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], fused=True, **settings)

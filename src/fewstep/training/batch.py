@@ -1,0 +1,58 @@
+"""What one training step works on, and what an objective makes of it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+from .._types import State
+from ..field import Model, ModelField
+from .keyed import Keyed
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Pairs of source and data with a time each.
+
+    Attributes:
+        x0: (batch, *shape) source samples, standard normal noise unless the run says otherwise.
+        x1: (batch, *shape) data.
+        t: (batch,) float64 times, 0 = source, 1 = data, inside the span where all that is regressed on is finite.
+        label: (batch,) classes, the null class where a label was dropped; None without classes.
+        keyed: this step's further random numbers, e.g. an objective's probes.
+    """
+
+    x0: State
+    x1: State
+    t: Tensor
+    label: Tensor | None
+    keyed: Keyed
+
+    def field(self, model: Model) -> ModelField:
+        """The model's velocity under this batch's labels (`Model.given` without its check, which waits for the device)."""
+        first, last = model.path.span(model.predicts)
+        condition = {} if self.label is None else {model.label_key: self.label}
+        return ModelField(model, condition, 1.0, None, None, 1.0, first, last)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """Losses to be averaged.
+
+    Attributes:
+        each: (batch,) one per sample, differentiable.
+        parts: 0-d detached means of what it is made of, for the log.
+    """
+
+    each: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What is minimised; its settings are dataclass fields."""
+
+    def __call__(self, model: Model, batch: Batch) -> Loss:
+        """The losses of a batch; one pass of the network, and what the objective's own terms need."""
+        ...

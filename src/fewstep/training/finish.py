@@ -1,0 +1,138 @@
+"""The end of a training run: the model's folder with its record, curve, pictures and card."""
+
+import io
+import json
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save as save_tensors
+
+from .._disk import atomic_write
+from ..field import Model
+from ..outputs import picture
+from ..zoo.checkpoint import WEIGHTS, Precision, TrainingRecord, read_model, save_model
+from .assemble import Parts
+from .measure import draw
+from .recipe import RECIPES, Recipe, plain
+from .state import Run, checkpoints, versions
+
+CURVE = "curve.jsonl"
+
+
+def write_curve(curve: list[dict[str, float]], out: Path) -> None:
+    """The loss curve, one JSON object a line; whole or not at all."""
+    atomic_write(out / CURVE, "".join(json.dumps(point) + "\n" for point in curve))
+
+
+def finish(run: Run, parts: Parts, model: Model, out: Path, stored: Precision, *, whole: bool) -> None:
+    """Write the folder and clear the checkpoints away.
+
+    Args:
+        run: the finished run.
+        parts: what it was made of.
+        model: the model on averaged weights.
+        out: the folder.
+        stored: precision of the weights.
+        whole: whether the network is one that a folder can describe; of others only the weights are written.
+    """
+    write_curve(run.curve, out)
+    record = training_record(run, parts)
+    if whole:
+        save_model(model, out, stored=stored, data_range=parts.data.data_range, training=record)
+        model = read_model(out)
+    else:
+        tensors = {k: v.detach().cpu().contiguous().to(getattr(torch, stored)) for k, v in run.ema.state_dict().items()}
+        atomic_write(out / WEIGHTS, save_tensors(tensors))
+    if whole and parts.source is None:
+        atomic_write(out / "samples.png", picture(draw(model, run.recipe["seed"])))
+    atomic_write(out / "curve.png", _curve_picture(run.curve))
+    atomic_write(
+        out / "README.md", card(model, record, run, (out / WEIGHTS).stat().st_size, drawn=whole and parts.source is None)
+    )
+    for file in checkpoints(out):
+        file.unlink()
+
+
+def training_record(run: Run, parts: Parts) -> TrainingRecord:
+    """How the weights came about."""
+    recipe = parts.recipe
+    losses = {k: v for k, v in (run.curve[-1] if run.curve else {}).items() if k in ("loss", "held_out")}
+    return TrainingRecord(
+        command=command(recipe),
+        data=parts.data.description,
+        recipe=plain(recipe),
+        seed=recipe.seed,
+        steps=run.step,
+        samples=run.step * recipe.batch,
+        network_passes=run.passes,
+        hours=run.seconds / 3600,
+        cpu_hours=run.cpu_seconds / 3600,
+        losses=losses,
+        versions=versions() | {"numpy": np.__version__, "machine": platform.machine(), "device": _device(run)},
+    )
+
+
+def command(recipe: Recipe) -> str:
+    """A command line for this recipe, from the named recipe that it has most in common with."""
+    mine = plain(recipe)
+    differing = {name: {k: v for k, v in mine.items() if plain(known)[k] != v} for name, known in RECIPES.items()}
+    name = min(differing, key=lambda n: len(differing[n]))
+    flags = []
+    for key, value in differing[name].items():
+        word = f"--{key.replace('_', '-')}"
+        if value is None or isinstance(value, bool):
+            flags.append(word if value else f"--no-{key.replace('_', '-')}" if value is False else "")
+        else:
+            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            flags.append(f"{word} '{text}'" if any(c in text for c in "() ") else f"{word} {text}")
+    return " ".join(["fewstep train", f"--recipe {name}", *filter(None, flags)])
+
+
+def card(model: Model, record: TrainingRecord, run: Run, size: int, *, drawn: bool) -> str:
+    """The model card; every number in it was measured or set in this run."""
+    name = model.name if not record.recipe["data"] else Path(record.recipe["data"]).stem
+    stopped = "" if record.steps == record.recipe["steps"] else f" of the {record.recipe['steps']:,} that the recipe plans"
+    losses = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in record.losses.items())
+    settings = "\n".join(f"| {k} | {v} |" for k, v in record.recipe.items() if v not in (None, "", False))
+    lines = [
+        f"# {name}",
+        f"A flow model trained by fewstep: `{record.command}` trained it and wrote this page.",
+        "![Samples, classes in turn](samples.png)" if drawn else "",
+        f"Path `{model.path!r}`, predicts {model.predicts}, samples of shape {model.shape}"
+        + (f", {model.classes} classes (null label {model.null_label})" if model.classes else "")
+        + f". {model.parameters():,} weights, {size / 1e6:.2f} MB.",
+        f"## Data\n\n{record.data}",
+        f"## Cost\n\n{record.steps:,} steps{stopped}, {record.samples:,} samples, {record.network_passes:,} network passes (a "
+        f"forward and backward pass counted as three), {record.hours:.2f} hours on the clock and {record.cpu_hours:.2f} of "
+        f"processor time on {record.versions['device']}.",
+        f"Losses at the end: {losses}." if losses else "",
+        "![Loss curve](curve.png)",
+        "Versions: " + ", ".join(f"{k} {v}" for k, v in record.versions.items()) + ".",
+        f"## Recipe\n\n| setting | value |\n|---|---|\n{settings}",
+    ]
+    return "\n\n".join(filter(None, lines)) + "\n"
+
+
+def _device(run: Run) -> str:
+    device = next(run.network.parameters()).device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _curve_picture(curve: list[dict[str, float]]) -> bytes:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.0, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for name in ("loss", "held_out"):
+        points = [(p["step"], p[name]) for p in curve if name in p]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), marker="." if len(points) == 1 else None)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    if curve:
+        axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()

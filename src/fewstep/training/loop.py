@@ -1,0 +1,286 @@
+"""The training loop: one, flat, for every recipe.
+
+Everything random in step s depends on (seed, s, place in the batch) and nothing else, so a resumed run ends with the weights of
+an undisturbed one, bit for bit, and several processes see the batches that one would see.
+"""
+
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from .._types import FewstepError
+from ..field import Model
+from ..zoo.checkpoint import CONFIG
+from .assemble import Parts, assemble, fresh_network, optimizer_for
+from .data import Source, open_source
+from .finish import finish, write_curve
+from .keyed import generator
+from .measure import held_out_loss, write_preview
+from .recipe import Keeping, Recipe, plain
+from .state import Run, checkpoints, newest
+from .watch import interrupted, shown
+
+LOOK = 25
+"""Steps between two looks at the losses where a look makes the host wait for the device or for other processes."""
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    data: Source | None = None,
+    network: nn.Module | None = None,
+    resume: bool = False,
+    keeping: Keeping = Keeping(),  # noqa: B008  # frozen
+    progress: bool = False,
+) -> Model:
+    """Train a flow, and save the model with its card and loss curve in `out`.
+
+    Under ``torchrun --nproc_per_node N`` the batch is shared among N processes; the curve stays that of one process.
+
+    Args:
+        recipe: what decides the weights, such as ``RECIPES["digits"]`` or ``replace(RECIPES["digits"], lr=3e-4)``.
+        out: folder for checkpoints while training, and for the model, which `fewstep.load` and ``fewstep tune`` take.
+        data: instead of the recipe's own data: anything like what `open_source` returns.
+        network: instead of the recipe's own network: any module called ``network(x, t)``, or ``network(x, t, label)`` for data
+            with labels. Such a model is returned; of it only the weights are saved.
+        resume: continue the unfinished run in `out`.
+        keeping: checkpoints, previews, trackers and a limit of time.
+        progress: show rate, losses and time left on stderr.
+
+    Returns:
+        The trained model, with averaged weights.
+
+    Raises:
+        FewstepError: a recipe that cannot be, data that cannot be read, more processes than the batch can be shared among, a
+            network whose output has another shape, a loss that is NaN or infinite (the last good checkpoint stays), or `out`
+            holds a run or a model and `resume` is off.
+        KeyboardInterrupt: Ctrl-C or a termination signal, after the current step and a checkpoint.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model = train(Recipe(data="checkerboard", steps=3, batch=8, width=8, blocks=1), folder)
+        >>> model.shape
+        (2,)
+    """
+    session = _begin(recipe, Path(out), data, network, resume, keeping, progress)
+    run, steps = session.run, recipe.steps
+    show_it = progress and session.main
+    with (
+        torch.random.fork_rng(devices=[]),
+        interrupted() as asked,
+        shown(run, steps, recipe.batch, keeping.every, show_it) as show,
+    ):
+        while run.step < steps and run.seconds < keeping.seconds:
+            session.advance()
+            pause = run.step % keeping.every == 0 or run.step == steps
+            if pause or run.step % session.look == 0:
+                session.check_losses()
+                late = run.seconds >= keeping.seconds
+                stop, late = session.agreed(asked()), session.agreed(late)
+                if pause or stop or late:
+                    session.save(point=pause or late)
+                if stop and run.step < steps:
+                    show()
+                    raise KeyboardInterrupt
+            if keeping.preview and run.step % keeping.preview == 0 and session.main:
+                write_preview(session.parts.model(run.ema), session.out, run.step, recipe.seed)
+            show()
+    return session.finish()
+
+
+@dataclass
+class Session:
+    """One process's part in a run.
+
+    Attributes:
+        parts: the recipe as objects.
+        accelerator: devices, processes and mixed precision.
+        run: weights, averages and counters.
+        network: what is called and back-propagated through; `run.network` in accelerate's wrapping.
+        optimizer: in accelerate's wrapping where gradients are scaled (fp16).
+        shares: (start, stop) of this process's pieces of every batch.
+        out: the run's folder.
+        keeping: see `train`.
+        own: whether the network is the recipe's, so that the model can be saved whole.
+        losses: 0-d losses of the steps since the last look.
+        seen: their sum and number since the last point of the curve.
+    """
+
+    parts: Parts
+    accelerator: Accelerator
+    run: Run
+    network: nn.Module
+    optimizer: torch.optim.Optimizer
+    shares: list[tuple[int, int]]
+    out: Path
+    keeping: Keeping
+    own: bool
+    losses: list[Tensor] = field(default_factory=list)
+    seen: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
+        self.several = self.accelerator.num_processes > 1
+        self.look = 1 if self.device.type == "cpu" and not self.several else LOOK
+        self.model = self.parts.model(self.network)
+        self.weights = [p for p in self.run.network.parameters() if p.requires_grad]
+
+    def advance(self) -> None:
+        """One optimiser step."""
+        wall, cpu, run, recipe = time.perf_counter(), time.process_time(), self.run, self.parts.recipe
+        torch.random.set_rng_state(generator(recipe.seed, "dropout", run.step, self.shares[0][0]).get_state())
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, run.step)
+        total = torch.zeros((), device=self.device)
+        for k, (start, stop) in enumerate(self.shares):
+            batch = self.parts.batch(run.step, start, stop, self.device)
+            waiting = self.several and k < len(self.shares) - 1  # gradients are exchanged with the last piece only
+            with self.accelerator.no_sync(self.network) if waiting else nullcontext():
+                loss = self.parts.objective(self.model, batch).each.mean() / len(self.shares)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        if recipe.clip:
+            self.accelerator.clip_grad_norm_(self.weights, recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        run.average.update_parameters(run.network)
+        run.step += 1
+        run.passes += round(recipe.batch * self.parts.passes)
+        run.seconds += time.perf_counter() - wall
+        run.cpu_seconds += time.process_time() - cpu
+        self.losses.append(total)
+
+    def check_losses(self) -> None:
+        """Bring the losses to the host, over all processes.
+
+        Raises:
+            FewstepError: one of them is NaN or infinite.
+        """
+        losses = torch.stack(self.losses)
+        if self.several:
+            losses = self._reduced(losses, "mean")
+        values = losses.tolist()
+        first = self.run.step - len(values) + 1
+        self.losses.clear()
+        for k, value in enumerate(values):
+            if not math.isfinite(value):
+                raise self._diverged(value, first + k)
+        self.seen += values
+
+    def agreed(self, flag: bool) -> bool:
+        """Whether any process says so; all of them must ask."""
+        if not self.several:
+            return flag
+        return bool(self._reduced(torch.tensor(float(flag), device=self.device), "sum") > 0)
+
+    def save(self, *, point: bool) -> None:
+        """Write a checkpoint, with a new point on the curve if asked."""
+        run = self.run
+        if not run.finite():
+            raise self._diverged(math.nan, run.step)
+        if self.accelerator.scaler is not None:
+            run.scaler = self.accelerator.scaler.state_dict()
+        if point and self.seen:
+            entry = {
+                "step": run.step,
+                "loss": sum(self.seen) / len(self.seen),
+                "lr": learning_rate(self.parts.recipe, run.step - 1),
+            }
+            entry |= held_out_loss(self.parts, run.ema)
+            entry["samples_per_s"] = round(run.step * self.parts.recipe.batch / run.seconds, 1)
+            run.curve.append(entry)
+            self.seen.clear()
+            self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=run.step)
+        if self.main:
+            run.save(self.out, self.keeping.keep)
+            write_curve(run.curve, self.out)
+
+    def finish(self) -> Model:
+        """Save the model and clear the checkpoints away."""
+        if self.keeping.tracker:
+            self.accelerator.end_training()
+        model = self.parts.model(self.run.ema)
+        if self.main:
+            finish(self.run, self.parts, model, self.out, self.keeping.stored, whole=self.own)
+        self.accelerator.wait_for_everyone()
+        return model
+
+    def _reduced(self, values: Tensor, how: str) -> Tensor:
+        reduced = self.accelerator.reduce(values, how)
+        assert isinstance(reduced, Tensor)
+        return reduced
+
+    def _diverged(self, value: float, step: int) -> FewstepError:
+        saved, recipe = self.run.saved, self.parts.recipe
+        kept = f"the last good checkpoint (step {saved}) is kept in {self.out}" if saved else "there is no checkpoint yet"
+        return FewstepError(
+            f"the loss is {value:g} at step {step}, learning rate {learning_rate(recipe, step - 1):.3g}: training "
+            f"has diverged; {kept}; start afresh with a lower --lr, or with --clip 1, in another --out"
+        )
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """Linear warm-up, then constant or a cosine to zero."""
+    rise = min(1.0, (step + 1) / recipe.warmup) if recipe.warmup else 1.0
+    fall = 0.5 * (1 + math.cos(math.pi * step / recipe.steps)) if recipe.decay == "cosine" else 1.0
+    return recipe.lr * rise * fall
+
+
+def _begin(
+    recipe: Recipe, out: Path, data: Source | None, network: nn.Module | None, resume: bool, keeping: Keeping, progress: bool
+) -> Session:
+    recipe.check()
+    keeping.check()
+    if not resume and checkpoints(out):
+        raise FewstepError(f"{out} holds an unfinished run; continue it with --resume, or choose another --out")
+    if (out / CONFIG).exists():
+        raise FewstepError(f"{out} holds a finished model; choose another --out")
+    accelerator = Accelerator(
+        mixed_precision=recipe.precision, cpu=not torch.cuda.is_available(), log_with=keeping.tracker, project_dir=str(out)
+    )
+    shares = shares_of(recipe, accelerator.process_index, accelerator.num_processes)
+    options = {"hold_out": recipe.hold_out, "flip": recipe.flip, "dequantize": recipe.dequantize}
+    found = data if data is not None else open_source(recipe.data, **options)
+    parts = assemble(recipe, found, open_source(recipe.source) if recipe.source else None)
+    made = network if network is not None else fresh_network(recipe, parts.data)
+    made.to(accelerator.device).train()
+    wrapped, prepared = accelerator.prepare(made, optimizer_for(made, recipe))
+    run = Run.begin(plain(recipe), made, prepared.optimizer, recipe.ema)
+    # The wrapping is for gradients that a scaler scales; without one it only looks for absent packages, at every step.
+    optimizer = prepared.optimizer if accelerator.scaler is None else prepared
+    if resume:
+        news = run.restore(newest(out))
+        if news and progress:
+            accelerator.print(f"note: {news}: the weights may differ from an undisturbed run's in their last bits")
+        if run.scaler and accelerator.scaler is not None:
+            accelerator.scaler.load_state_dict(run.scaler)
+    if keeping.tracker:
+        accelerator.init_trackers("fewstep", config={k: str(v) for k, v in plain(recipe).items()})
+    return Session(parts, accelerator, run, wrapped, optimizer, shares, out, keeping, network is None)
+
+
+def shares_of(recipe: Recipe, process: int, processes: int) -> list[tuple[int, int]]:
+    """(start, stop) of the pieces of a batch that one process computes.
+
+    Raises:
+        FewstepError: the batch does not divide.
+    """
+    pieces = processes * recipe.accumulate
+    if recipe.batch % pieces:
+        raise FewstepError(
+            f"a batch of {recipe.batch} does not divide among {processes} processes with {recipe.accumulate} pieces each; "
+            f"choose a multiple of {pieces}"
+        )
+    each = recipe.batch // pieces
+    return [
+        ((process * recipe.accumulate + k) * each, (process * recipe.accumulate + k + 1) * each)
+        for k in range(recipe.accumulate)
+    ]

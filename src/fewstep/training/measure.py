@@ -1,0 +1,60 @@
+"""What is measured while a flow trains: its loss on samples kept aside, and what it draws."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from .._disk import atomic_write
+from .._tabulate import write_table
+from ..composite import start_scale
+from ..coordinates import Coordinates
+from ..field import Model
+from ..grid import TimeGrid
+from ..methods import ddim
+from ..outputs import picture
+from .assemble import Parts
+from .batch import Batch
+from .keyed import Keyed
+from .timelaw import draw_times
+
+HELD = 1024
+"""Samples kept aside that the loss is measured on, at most; always the same ones with the same times and noises."""
+
+DRAWN, CALLS = 64, 32
+"""Samples of a preview, and the network calls that each takes."""
+
+
+def held_out_loss(parts: Parts, network: nn.Module) -> dict[str, float]:
+    """The regression loss of `network` on samples kept aside; nothing where there are none."""
+    held = parts.data.held_out()
+    if held is None:
+        return {}
+    x1, labels = held[0][:HELD], None if held[1] is None else held[1][:HELD]
+    keyed = Keyed(seed=0x4E1D, step=0, start=0, stop=len(x1))
+    t = draw_times(parts.law, keyed, len(x1), parts.path, parts.span, True)
+    device = next(network.parameters()).device
+    x0 = keyed.normal("noise", *parts.data.shape)
+    batch = Batch(x0.to(device), x1.to(device), t.to(device), None if labels is None else labels.to(device), keyed)
+    with torch.no_grad():
+        loss = parts.regression(parts.model(network), batch)
+    return {"held_out": float(loss.each.mean())}
+
+
+def draw(model: Model, seed: int, count: int = DRAWN) -> Tensor:
+    """Samples of a model, classes in turn, by `CALLS` calls on even steps."""
+    assert model.shape is not None
+    device = model.device_dtype()[0]
+    noise = torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    label = None if model.classes is None else torch.arange(count, device=device) % model.classes
+    field = model.given(label)
+    inner = Coordinates.of(field).time(torch.linspace(0, 1, CALLS + 1, dtype=torch.float64)[1:-1])
+    grid = TimeGrid(torch.cat([inner.new_zeros(1), inner, inner.new_ones(1)]))
+    return write_table(ddim(model.path), grid, start_scale=start_scale(field))(field, noise)
+
+
+def write_preview(model: Model, out: Path, step: int, seed: int) -> Path:
+    """A picture of what the model draws at this step."""
+    file = out / "previews" / f"step-{step:08d}.png"
+    atomic_write(file, picture(draw(model, seed)))
+    return file

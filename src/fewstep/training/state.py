@@ -1,0 +1,181 @@
+"""The state of an unfinished training run as one file: tensors, and everything else as JSON in the same file's header.
+
+One file is replaced whole or not at all, so weights, optimiser and step number always belong together. Nothing in it is code.
+"""
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from .. import __version__
+from .._disk import atomic_write, refusal, short
+from .recipe import changed
+
+PATTERN = "checkpoint-*.safetensors"
+
+
+@dataclass
+class Run:
+    """A training run at some step.
+
+    Attributes:
+        recipe: its settings; a checkpoint is only continued under the same.
+        network: what the optimiser trains, unwrapped.
+        average: the exponential moving average of its weights, which is what gets saved.
+        optimizer: AdamW.
+        step: optimiser steps done.
+        samples: network passes in units of one forward pass of one sample; a backward pass counts as two.
+        seconds: wall-clock time spent.
+        cpu_seconds: processor time spent.
+        curve: entries of the loss curve.
+        scaler: state of the gradient scaler of fp16.
+        saved: step of the newest checkpoint on disk, if there is one.
+    """
+
+    recipe: Mapping[str, Any]
+    network: nn.Module
+    average: AveragedModel
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    passes: int = 0
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    curve: list[dict[str, float]] = field(default_factory=list)
+    scaler: dict[str, float] = field(default_factory=dict)
+    saved: int | None = None
+
+    @staticmethod
+    def begin(recipe: Mapping[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer, ema: float) -> "Run":
+        """Step 0."""
+
+        def blend(means: Any, weights: Any, count: Any) -> None:
+            # Over the first steps its memory is shorter: else the random first weights stay visible for thousands of steps.
+            get_ema_multi_avg_fn(min(ema, float(count) / (float(count) + 10)))(means, weights, count)
+
+        average = AveragedModel(network, multi_avg_fn=blend)
+        average.n_averaged = average.n_averaged.cpu()  # counted on the host: asking a device for it would wait for it
+        return Run(recipe, network, average.eval().requires_grad_(False), optimizer)
+
+    @property
+    def ema(self) -> nn.Module:
+        """The network with the averaged weights."""
+        return self.average.module
+
+    def finite(self) -> bool:
+        """Whether every weight is a number."""
+        return all(bool(torch.isfinite(weight).all()) for weight in self.network.parameters())
+
+    def save(self, folder: Path, keep: int) -> None:
+        """Write the checkpoint of this step, whole or not at all, and let go of all but the last `keep`.
+
+        Raises:
+            ArtifactError: the file cannot be written; earlier checkpoints are as they were.
+        """
+        rest = {name: getattr(self, name) for name in ("step", "passes", "seconds", "cpu_seconds", "curve", "scaler")}
+        header = {"run": json.dumps({"recipe": dict(self.recipe), **rest}), "versions": json.dumps(versions())}
+        atomic_write(folder / f"checkpoint-{self.step:08d}.safetensors", save_tensors(self._tensors(), metadata=header))
+        self.saved = self.step
+        for old in checkpoints(folder)[:-keep]:
+            old.unlink(missing_ok=True)
+
+    def restore(self, file: Path) -> str | None:
+        """Continue where `save` left off.
+
+        Returns:
+            What has changed in the versions of packages that decide the numbers, in words; None where nothing has.
+
+        Raises:
+            ArtifactError: the file is damaged, or belongs to another recipe (the differing settings are listed).
+        """
+        header, tensors = _read(file)
+        rest = json.loads(header["run"])
+        if differing := changed(rest.pop("recipe"), dict(self.recipe)):
+            said = ", ".join(f"{name} = {short(old)} (now {short(new)})" for name, (old, new) in differing.items())
+            raise refusal(
+                f"{file} was made with {said}; a run can only continue as it began: start afresh in another --out, or drop "
+                "the settings and keep those of the run"
+            )
+        self._load(tensors, file)
+        for name, value in rest.items():
+            setattr(self, name, value)
+        self.average.n_averaged = torch.tensor(self.step)
+        self.saved = self.step
+        news = changed(json.loads(header["versions"]), versions())
+        return ", ".join(f"{name} {old} then, {new} now" for name, (old, new) in news.items()) or None
+
+    def _load(self, tensors: Mapping[str, Tensor], file: Path) -> None:
+        state = self.optimizer.state_dict()
+        names = ("step", "exp_avg", "exp_avg_sq")
+        count = len(state["param_groups"][0]["params"])
+        try:
+            for module, prefix in ((self.network, "network."), (self.ema, "ema.")):
+                module.load_state_dict({name: tensors[prefix + name] for name in module.state_dict()})
+            state["state"] = {
+                i: {name: tensors[f"adam.{i}.{name}"].clone() for name in names}
+                for i in range(count)
+                if f"adam.{i}.step" in tensors
+            }
+        except (KeyError, RuntimeError) as error:
+            raise refusal(f"{file} is not a checkpoint of this run ({short(error)}); delete it and start afresh") from error
+        self.optimizer.load_state_dict(state)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        found |= {f"ema.{name}": value for name, value in self.ema.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            found |= {f"adam.{i}.{name}": value for name, value in state.items()}
+        return {name: value.detach().cpu().clone() for name, value in found.items()}
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, oldest first."""
+    return sorted(folder.glob(PATTERN))
+
+
+def newest(folder: Path) -> Path:
+    """The newest checkpoint in a folder.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    found = checkpoints(folder)
+    if not found:
+        raise refusal(f"there is no unfinished run in {folder} ({PATTERN} is missing); start one without --resume")
+    return found[-1]
+
+
+def stored_recipe(folder: Path) -> dict[str, Any]:
+    """The settings of the run whose newest checkpoint lies in a folder.
+
+    Raises:
+        ArtifactError: there is no sound checkpoint.
+    """
+    return json.loads(_read(newest(folder))[0]["run"])["recipe"]
+
+
+def versions() -> dict[str, str]:
+    """What decides the numbers beside recipe and seed."""
+    return {"fewstep": __version__, "torch": torch.__version__, "python": platform.python_version()}
+
+
+def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    try:
+        with safe_open(str(file), framework="pt") as opened:  # type: ignore[no-untyped-call]
+            header, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        missing = {"recipe", "step", "curve"} - json.loads(header["run"]).keys() or {"torch"} - json.loads(
+            header["versions"]
+        ).keys()
+        if missing:
+            raise ValueError(f"its header lacks {missing}")
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise refusal(f"{file} is not a checkpoint that fewstep wrote ({short(error)}); delete it and start afresh") from error
+    return header, tensors

@@ -1,0 +1,432 @@
+"""Training: the same weights however often it is stopped and however many processes share it; every mistake in one line."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import fewstep
+from fewstep import zoo
+from fewstep._types import ArtifactError, FewstepError, FieldError
+from fewstep.path import CondOT
+from fewstep.training import loop
+from fewstep.training.assemble import assemble
+from fewstep.training.data import FiniteSource, open_source
+from fewstep.training.finish import CURVE, command
+from fewstep.training.keyed import Keyed
+from fewstep.training.loop import learning_rate, shares_of, train
+from fewstep.training.measure import held_out_loss
+from fewstep.training.recipe import RECIPES, Keeping, Recipe, plain
+from fewstep.training.state import Run, checkpoints, stored_recipe
+from fewstep.zoo.checkpoint import CONFIG, WEIGHTS
+from fewstep.zoo.network import ResidualMLP
+
+TINY = replace(RECIPES["digits"], steps=7, batch=32, width=16, blocks=1, warmup=2)
+OFTEN = Keeping(every=2)
+
+
+class Killed(BaseException):
+    """The process ended between two statements."""
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    curve = [json.loads(line) for line in (folder / CURVE).read_text().splitlines()]
+    numbers = [{k: v for k, v in point.items() if k != "samples_per_s"} for point in curve]
+    return {WEIGHTS: (folder / WEIGHTS).read_bytes(), CURVE: json.dumps(numbers).encode()}
+
+
+def when(step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `action` happen in the middle of one step."""
+
+    def rate(recipe: Recipe, now: int) -> float:
+        if now == step:
+            action()
+        return learning_rate(recipe, now)
+
+    monkeypatch.setattr(loop, "learning_rate", rate)
+
+
+def raise_killed() -> None:
+    raise Killed
+
+
+# --- the same weights --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, None])
+def test_an_interrupted_run_ends_in_the_same_bits(tmp_path, monkeypatch, number):
+    """Ctrl-C and termination finish the step; a killed run goes back to its last checkpoint."""
+    whole = train(TINY, tmp_path / "whole", keeping=OFTEN)
+    with monkeypatch.context() as patch:
+        when(4, raise_killed if number is None else lambda: signal.raise_signal(number), patch)
+        with pytest.raises(Killed if number is None else KeyboardInterrupt):
+            train(TINY, tmp_path / "parts", keeping=OFTEN)
+    assert not (tmp_path / "parts" / CONFIG).exists()
+    torch.manual_seed(99)  # nothing outside the checkpoint may matter
+    resumed = train(TINY, tmp_path / "parts", resume=True, keeping=OFTEN)
+    assert load_file(tmp_path / "parts" / WEIGHTS).keys() == load_file(tmp_path / "whole" / WEIGHTS).keys()
+    assert (tmp_path / "parts" / WEIGHTS).read_bytes() == (tmp_path / "whole" / WEIGHTS).read_bytes()
+    if number is None:  # a finished step leaves a checkpoint of its own, which the curve's means do not show
+        assert files(tmp_path / "parts") == files(tmp_path / "whole")
+    assert resumed.fingerprint() == whole.fingerprint() == zoo.load(tmp_path / "parts").fingerprint()
+    assert not checkpoints(tmp_path / "parts")
+
+
+def test_pieces_of_a_batch_add_up_to_the_whole(tmp_path):
+    """Accumulated gradients are those of the whole batch, whose samples are the same."""
+    recipe = replace(TINY, dropout=0.0)
+    one, four = (train(replace(recipe, accumulate=k), tmp_path / str(k)) for k in (1, 4))
+    for a, b in zip(one.network.parameters(), four.network.parameters(), strict=True):  # type: ignore[union-attr]
+        torch.testing.assert_close(a, b, rtol=0.0, atol=2e-5)
+
+
+@pytest.mark.parametrize("flags", [["--coupling", "minibatch_ot"], ["--divergence", "0.1", "--divergence-share", "0.5"]])
+def test_two_processes_train_what_one_does(tmp_path, flags):
+    """torchrun with gloo, against one process with the same batch: losses within rounding, averaged weights close."""
+    words = ["--recipe", "digits", "--steps", "12", "--every", "4", "--batch", "64", "--width", "32", "--blocks", "1"]
+    words += ["--dropout", "0", "--warmup", "2", *flags]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    for processes in (1, 2):
+        out = ["--out", str(tmp_path / str(processes)), "--processes", str(processes)]
+        done = subprocess.run(
+            [sys.executable, "-m", "fewstep.cli", "train", *words, *out],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = ([json.loads(line) for line in (tmp_path / k / CURVE).read_text().splitlines()] for k in "12")
+    assert [p["step"] for p in one] == [p["step"] for p in two] == [4, 8, 12]
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["held_out"] == pytest.approx(b["held_out"], rel=1e-5)
+    weights = [load_file(tmp_path / k / WEIGHTS) for k in "12"]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=0.0, atol=2e-5)
+
+
+def test_what_belongs_to_the_machine_does_not_change_the_weights(tmp_path):
+    keeping = Keeping(every=3, keep=1, preview=4)
+    one, two = train(TINY, tmp_path / "a", keeping=OFTEN), train(TINY, tmp_path / "b", keeping=keeping)
+    assert one.fingerprint() == two.fingerprint()
+    assert [f.name for f in (tmp_path / "b" / "previews").iterdir()] == ["step-00000004.png"]
+
+
+def test_signals_and_random_numbers_are_left_as_they_were(tmp_path):
+    handlers, state = signal.getsignal(signal.SIGINT), torch.get_rng_state()
+    train(TINY, tmp_path)
+    assert signal.getsignal(signal.SIGINT) is handlers
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_another_seed_gives_another_model(tmp_path):
+    one, two = (train(replace(TINY, seed=seed), tmp_path / str(seed)) for seed in (0, 2**32))
+    assert one.fingerprint() != two.fingerprint()
+
+
+# --- what is learnt ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"coupling": "minibatch_ot"},
+        {"path": "VP", "predicts": "noise"},
+        {"path": "VP", "predicts": "velocity", "weight": "min_snr", "target": "data"},
+        {"path": "EDM", "predicts": "data", "raw": "edm", "weight": "edm", "time": "normal_log_snr", "time_mean": 1.2},
+        {"path": "VE(sigma_max=20.0)", "predicts": "noise", "time": "log_snr"},
+        {"divergence": 0.1, "divergence_form": "exact", "divergence_share": 1.0},
+        {"huber": 0.1, "time": "logit_normal", "stratified": True},
+    ],
+)
+def test_every_dial_draws_the_density_that_it_was_shown(tmp_path, settings):
+    """A broad ring: the mean and the radius of what is drawn are those of the data."""
+    recipe = replace(
+        RECIPES["density2d"],
+        data="8gaussians",
+        steps=350,
+        batch=256,
+        width=64,
+        blocks=2,
+        lr=4e-3,
+        warmup=20,
+        ema=0.97,
+        **settings,
+    )
+    model = train(recipe, tmp_path)
+    drawn = fewstep.reference(model.given(), torch.randn(512, 2, generator=torch.Generator().manual_seed(0)), tol=1e-2).end
+    truth, _ = open_source("8gaussians").draw(Keyed(0, 0, 0, 4096), 4096)
+    assert float(drawn.norm(dim=1).mean()) == pytest.approx(float(truth.norm(dim=1).mean()), rel=0.12)
+    assert float(drawn.mean(0).norm()) < 0.35
+    assert float(drawn.std(0).mean()) == pytest.approx(float(truth.std(0).mean()), rel=0.12)
+
+
+def test_any_distribution_can_be_the_source(tmp_path):
+    """From one Gaussian ring to the moons: samples of the source, not noise, are carried to the target."""
+    recipe = replace(
+        RECIPES["density2d"], data="moons", source="8gaussians", coupling="minibatch_ot", steps=300, batch=128, width=64, blocks=2,
+        lr=4e-3, warmup=20, ema=0.97,
+    )  # fmt: skip
+    model = train(recipe, tmp_path)
+    start, _ = open_source("8gaussians").draw(Keyed(5, 0, 0, 512), 512)
+    target, _ = open_source("moons").draw(Keyed(5, 0, 0, 512), 512)
+    end = fewstep.reference(model.given(), start, tol=1e-2).end
+    assert float((end.mean(0) - target.mean(0)).norm()) < 0.3
+    assert float(end.std(0).sub(target.std(0)).abs().max()) < 0.35
+    assert not (tmp_path / "samples.png").exists()  # drawn from noise it would show nothing
+
+
+def test_a_network_of_the_users_own(tmp_path):
+    class Mine(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Sequential(torch.nn.Linear(3, 32), torch.nn.SiLU(), torch.nn.Linear(32, 2))
+
+        def forward(self, x, t):
+            return self.inner(torch.cat([x, t[:, None]], dim=1))
+
+    data = FiniteSource(torch.randn(100, 2) * 0.1 + 3.0)
+    recipe = Recipe(data="mine", steps=200, batch=64, lr=1e-2, warmup=5, ema=0.9)
+    model = train(recipe, tmp_path, data=data, network=Mine())
+    drawn = fewstep.reference(model.given(), torch.randn(64, 2), tol=1e-2).end
+    assert float(drawn.mean()) == pytest.approx(3.0, abs=0.3)
+    assert load_file(tmp_path / WEIGHTS).keys() == model.network.state_dict().keys()  # type: ignore[union-attr]
+
+
+def test_the_measured_loss_is_the_one_that_is_trained():
+    data = open_source("digits")
+    zero = ResidualMLP((1, 8, 8), 10, 8, 0)
+    torch.nn.init.zeros_(zero.leave[1].weight)  # type: ignore[arg-type]
+    torch.nn.init.zeros_(zero.leave[1].bias)  # type: ignore[arg-type]
+    held = data.held_out()
+    assert held is not None
+    expected = 1 + float(held[0].square().mean())  # E (x1 - x0)^2 with x0 standard normal
+    assert held_out_loss(assemble(TINY, data), zero)["held_out"] == pytest.approx(expected, rel=0.03)
+    assert held_out_loss(assemble(replace(TINY, hold_out=0), open_source("digits", hold_out=0)), zero) == {}
+
+
+def test_labels_are_dropped_as_often_as_asked():
+    parts = assemble(replace(TINY, batch=512, label_dropout=0.25), open_source("digits"))
+    label = torch.cat([parts.batch(step, 0, 512, torch.device("cpu")).label for step in range(8)])  # type: ignore[misc]
+    assert float((label == 10).double().mean()) == pytest.approx(0.25, abs=0.03)
+
+
+def test_the_rate_rises_and_falls():
+    recipe = replace(TINY, steps=100, warmup=10, lr=1.0)
+    rates = [learning_rate(recipe, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == pytest.approx(0.98, abs=0.01)
+    assert rates[-1] < 1e-3
+    assert learning_rate(replace(recipe, decay="constant", warmup=0), 99) == 1.0
+
+
+def test_the_average_starts_short_and_ends_long():
+    network = torch.nn.Linear(1, 1, bias=False)
+    run = Run.begin({}, network, torch.optim.AdamW(network.parameters()), ema=0.9)
+    expected = None
+    for step in range(40):
+        torch.nn.init.constant_(network.weight, float(step))
+        run.average.update_parameters(network)
+        decay = min(0.9, step / (step + 10))
+        expected = float(step) if expected is None else decay * expected + (1 - decay) * step
+        assert float(run.ema.weight) == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]
+
+
+# --- the folder --------------------------------------------------------------------------------------------------------
+
+
+def test_the_folder_is_a_model_with_its_record(tmp_path):
+    train(replace(TINY, divergence=0.1), tmp_path, keeping=Keeping(every=3, stored="bfloat16"))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["README.md", CONFIG, CURVE, "curve.png", WEIGHTS, "samples.png"]
+    record = zoo.read_config(tmp_path).training
+    assert record is not None
+    assert record.recipe == plain(replace(TINY, divergence=0.1))
+    assert record.network_passes == 7 * round(32 * (3 + 6 / 8))
+    assert (
+        record.command == "fewstep train --recipe digits --divergence 0.1 --width 16 --blocks 1 --steps 7 --batch 32 --warmup 2"
+    )
+    text = (tmp_path / "README.md").read_text()
+    assert record.command in text
+    assert f"{record.network_passes:,} network passes" in text
+    assert "7 steps, 224 samples" in text
+    assert zoo.load(tmp_path).path == CondOT()
+
+
+def test_the_command_of_a_recipe_gives_the_recipe_back():
+    recipe = replace(RECIPES["cifar10-vp"], attention=False, channels=(8, 16), flip=False, data="a b")
+    assert command(recipe) == "fewstep train --recipe cifar10-vp --data 'a b' --no-flip --channels 8,16 --no-attention"
+
+
+def test_a_limit_of_time_ends_the_run_where_it_is(tmp_path):
+    model = train(replace(TINY, steps=10**6), tmp_path, keeping=Keeping(seconds=0.3))
+    record = zoo.read_config(tmp_path).training
+    assert record is not None
+    assert 0 < record.steps < 10**6
+    assert "of the 1,000,000 that the recipe plans" in (tmp_path / "README.md").read_text()
+    assert zoo.load(tmp_path).fingerprint() == model.fingerprint()
+
+
+def test_trackers_get_the_curve(tmp_path, monkeypatch):
+    logged: list[tuple[int, dict[str, float]]] = []
+    monkeypatch.setattr(loop.Accelerator, "log", lambda self, values, step: logged.append((step, values)))
+    train(TINY, tmp_path, keeping=OFTEN)
+    assert [step for step, _ in logged] == [2, 4, 6, 7]
+    assert logged[0][1].keys() == {"loss", "lr", "held_out", "samples_per_s"}
+
+
+# --- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_diverging_run_stops_and_keeps_its_last_good_checkpoint(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "learning_rate", lambda recipe, step: 1e30 if step == 4 else learning_rate(recipe, step))
+        message = r"the loss is (nan|inf) at step \d, learning rate .*last good checkpoint \(step 4\) is kept in .*lower --lr"
+        with pytest.raises(FewstepError, match=message):
+            train(TINY, tmp_path / "parts", keeping=OFTEN)
+    train(TINY, tmp_path / "whole", keeping=OFTEN)
+    train(TINY, tmp_path / "parts", resume=True, keeping=OFTEN)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
+
+
+def test_a_run_that_diverges_at_once_has_no_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "learning_rate", lambda recipe, step: 1e30)
+    with pytest.raises(FewstepError, match="there is no checkpoint yet"):
+        train(TINY, tmp_path)
+
+
+def unfinished(folder: Path, monkeypatch: pytest.MonkeyPatch, recipe: Recipe = TINY) -> None:
+    with monkeypatch.context() as patch:
+        when(4, lambda: signal.raise_signal(signal.SIGINT), patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, folder, keeping=OFTEN)
+
+
+def test_runs_are_not_mixed_up(tmp_path, monkeypatch):
+    with pytest.raises(ArtifactError, match=r"there is no unfinished run in .*start one without --resume"):
+        train(TINY, tmp_path, resume=True)
+    unfinished(tmp_path, monkeypatch)
+    with pytest.raises(FewstepError, match=r"holds an unfinished run; continue it with --resume"):
+        train(TINY, tmp_path)
+    with pytest.raises(
+        ArtifactError, match=r"was made with lr = 0.001 \(now 0.1\), seed = 0 \(now 3\); .*start afresh in another"
+    ):
+        train(replace(TINY, seed=3, lr=0.1), tmp_path, resume=True)
+    assert stored_recipe(tmp_path) == plain(TINY)
+    train(TINY, tmp_path, resume=True)
+    with pytest.raises(FewstepError, match="holds a finished model; choose another --out"):
+        train(TINY, tmp_path)
+
+
+def test_other_versions_are_told(tmp_path, monkeypatch, capsys):
+    unfinished(tmp_path, monkeypatch)
+    monkeypatch.setattr("fewstep.training.state.versions", lambda: {"fewstep": "0", "torch": "3.0", "python": "3"})
+    monkeypatch.setattr("fewstep.training.finish.versions", lambda: {"fewstep": "0", "torch": "3.0", "python": "3"})
+    train(TINY, tmp_path, resume=True, progress=True)
+    assert f"torch {torch.__version__} then, 3.0 now" in "".join(capsys.readouterr())
+
+
+def test_only_the_last_checkpoints_are_kept(tmp_path, monkeypatch):
+    unfinished(tmp_path, monkeypatch)
+    assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-00000004.safetensors", "checkpoint-00000005.safetensors"]
+
+
+def test_a_damaged_checkpoint_is_refused(tmp_path, monkeypatch):
+    unfinished(tmp_path, monkeypatch)
+    file = checkpoints(tmp_path)[-1]
+    good = file.read_bytes()
+    for bad in (good[:-10], b"", pickle.dumps({"step": 1})):
+        file.write_bytes(bad)
+        with pytest.raises(ArtifactError, match="is not a checkpoint that fewstep wrote"):
+            train(TINY, tmp_path, resume=True)
+    save_file({"network.enter.weight": torch.zeros(1)}, file)
+    with pytest.raises(ArtifactError, match="is not a checkpoint that fewstep wrote"):
+        train(TINY, tmp_path, resume=True)
+    file.write_bytes(good)
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_tensors", lambda self: {"network.enter.weight": torch.zeros(1)})
+        other = tmp_path / "other"
+        unfinished(other, monkeypatch)
+    with pytest.raises(ArtifactError, match="is not a checkpoint of this run"):
+        train(TINY, other, resume=True)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+    import errno
+
+    unfinished(tmp_path, monkeypatch)
+    before = {f.name: f.read_bytes() for f in checkpoints(tmp_path)}
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ArtifactError, match="No space left on device; free some space"):
+            train(TINY, tmp_path, resume=True, keeping=OFTEN)
+    assert {f.name: f.read_bytes() for f in checkpoints(tmp_path)} == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"lr": float("inf")}, "lr must be positive, got inf"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
+        ({"clip": float("nan")}, "clip must be a number from 0 on"),
+        ({"hold_out": 1}, "would keep every sample aside"),
+        ({"divergence_share": 0.0}, r"divergence_share must lie in \(0, 1\]"),
+        ({"raw": "edm"}, 'raw = "edm" goes with predicts = "data"'),
+        ({"data": ""}, "data must be given: --data"),
+        ({"path": "Line()"}, r"path must be CondOT\(\), .* got \"Line\(\)\""),
+        ({"dropout": 1.0}, "network mlp: dropout: Input should be less than 1"),
+        ({"channels": (8,)}, "network mlp: channels: Extra inputs"),
+        ({"divergence": 0.1, "coupling": "minibatch_ot"}, "needs normal noise that is independent"),
+        ({"source": "moons"}, r"source and data must have one shape, got \(2,\) and \(1, 8, 8\)"),
+        ({"accumulate": 3}, "a batch of 32 does not divide among 1 processes with 3 pieces each; choose a multiple of 3"),
+    ],
+)
+def test_impossible_recipes_are_refused(tmp_path, settings, message):
+    with pytest.raises(FewstepError, match=message):
+        train(replace(TINY, **settings), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"), [({"every": 0}, "every must be"), ({"keep": 0}, "keep must"), ({"seconds": 0.0}, "seconds")]
+)
+def test_impossible_housekeeping_is_refused(tmp_path, settings, message):
+    with pytest.raises(FewstepError, match=message):
+        train(TINY, tmp_path, keeping=Keeping(**settings))
+
+
+def test_more_processes_than_the_batch_are_refused():
+    assert shares_of(replace(TINY, batch=8, accumulate=2), 1, 2) == [(4, 6), (6, 8)]
+    with pytest.raises(FewstepError, match="a batch of 4 does not divide among 8 processes"):
+        shares_of(replace(TINY, batch=4), 0, 8)
+
+
+def test_a_network_whose_output_has_another_shape_is_named(tmp_path):
+    class Wrong(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t, label):
+            return self.weight * x[:, :, :4]
+
+    with pytest.raises(FieldError, match=r"digits.*\(32, 1, 4, 8\)|\(32, 1, 4, 8\).*"):
+        train(TINY, tmp_path, network=Wrong())
