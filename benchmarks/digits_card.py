@@ -43,8 +43,10 @@ def load_digits() -> Digits:
     source = open_source("digits", hold_out=6)
     held = source.held_out()
     whole = open_source("digits", hold_out=0)
-    assert held is not None and held[1] is not None
-    assert isinstance(whole, FiniteSource) and whole.labels is not None
+    assert held is not None
+    assert held[1] is not None
+    assert isinstance(whole, FiniteSource)
+    assert whole.labels is not None
     aside = torch.arange(len(whole.data)) % 6 == 5
     return Digits(whole.data[~aside], whole.labels[~aside], held[0], held[1])
 
@@ -98,7 +100,8 @@ def write_card(directory: Path) -> Measured:
     training = read_config(directory).training
     assert training is not None, "fewstep train records how it trained"
     atomic_write(directory / "samples.png", _samples_picture(samples, labels))
-    atomic_write(directory / "curve.png", _curve_picture([json.loads(line) for line in (directory / CURVE).read_text().splitlines()]))
+    curve = [json.loads(line) for line in (directory / CURVE).read_text().splitlines()]
+    atomic_write(directory / "curve.png", _curve_picture(curve))
     atomic_write(directory / "README.md", _text(model, training, measured, digits, (directory / WEIGHTS).stat().st_size))
     return measured
 

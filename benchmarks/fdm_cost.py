@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
@@ -24,16 +25,16 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import nn
 
 from fewstep import adapt
+from fewstep.keyed import Keyed
 from fewstep.training.batch import Batch, Objective
-from fewstep.training.keyed import Keyed
 from fewstep.training.objective import FlowAndDivergence, Regression
 from fewstep.training.objective.fdm import Form
 
 PROBED: list[tuple[Form, float, int]] = [
-    ("vector", 1.0, 1), ("vector", 0.25, 1), ("vector", 0.125, 1), ("vector", 0.25, 2),
-    ("two_probes", 1.0, 1), ("two_probes", 0.125, 1),
+    ("vector", 1.0, 1), ("vector", 1 / 4, 1), ("vector", 1 / 8, 1), ("vector", 1 / 16, 1), ("vector", 1 / 4, 4),
+    ("two_probes", 1.0, 1), ("two_probes", 1 / 16, 1),
 ]  # fmt: skip
-EXACT: list[tuple[Form, float, int]] = [("exact", 1.0, 1), ("exact", 0.125, 1)]
+EXACT: list[tuple[Form, float, int]] = [("exact", 1.0, 1), ("exact", 1 / 16, 1)]
 
 
 class MLP(nn.Module):
@@ -61,8 +62,8 @@ def u_net(attention: bool) -> UNet2DModel:
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "MLP": (MLP, (512, 2)),
-    "U-Net": (lambda: u_net(False), (8, 3, 32, 32)),
-    "U-Net + attention": (lambda: u_net(True), (8, 3, 32, 32)),
+    "U-Net": (lambda: u_net(False), (16, 3, 32, 32)),
+    "U-Net + attention": (lambda: u_net(True), (16, 3, 32, 32)),
 }
 
 
@@ -70,7 +71,7 @@ def objectives(name: str) -> dict[str, tuple[Objective, int]]:
     """Label -> objective and the number of steps after which its cost repeats."""
     found: dict[str, tuple[Objective, int]] = {"CFM": (Regression(), 1)}
     for form, share, every in PROBED + (EXACT if name == "MLP" else []):
-        label = f"{form}, share 1/{round(1 / share)}, every {every}"
+        label = f"{form}, share {Fraction(share)}, every {every}"
         found[label] = (FlowAndDivergence(weight=0.01, form=form, share=share, every=every), every)
     return found
 
@@ -149,7 +150,7 @@ def child(name: str, label: str, device: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fdm_cost.json")

@@ -44,6 +44,7 @@ class Telling:
         return getattr(self._source, name)
 
     def draw(self, keyed: Any, total: int) -> Any:
+        """As the source itself."""
         os.write(sys.stdout.fileno(), b"%d\n" % keyed.step)
         return self._source.draw(keyed, total)
 
@@ -80,6 +81,7 @@ class Kill:
     aimed: bool
 
     def wait(self, out: Path, before: set[str]) -> None:
+        """Until it is time."""
         end = time.perf_counter() + 5.0
         if not self.aimed:
             time.sleep(self.delay)
@@ -165,8 +167,9 @@ def main() -> None:
         live(calm, args.steps, args.every, Count(), None)
         count = disturbed(rough, args.steps, args.every, args.kills, args.seed)
         row = {
-            "steps": args.steps, "every": args.every, "kills": count.kills, "aimed": count.aimed, "starts": count.starts, "resumes": count.resumes,
-            "steps repeated": count.repeated, "killed in step": count.killed_at,
+            "steps": args.steps, "every": args.every, "kills": count.kills, "aimed": count.aimed,
+            "starts": count.starts, "resumes": count.resumes, "steps repeated": count.repeated,
+            "killed in step": count.killed_at,
             "temporary files left by kills": count.left, "of them still there at the end": len(temporary(rough)),
             "undisturbed": digest(calm), "killed and resumed": digest(rough),
             "same weights": digest(calm) == digest(rough), "same loss curve": losses(calm) == losses(rough),
@@ -174,10 +177,17 @@ def main() -> None:
         }  # fmt: skip
     print("| kills | at a checkpoint | resumes | steps | repeated | unfinished files left | same weights | same loss curve |")
     print("|---|---|---|---|---|---|---|---|")
-    print(
-        f"| {row['kills']} | {row['aimed']} | {row['resumes']} | {args.steps} | {row['steps repeated']} | {row['temporary files left by kills']}"
-        f" | {row['same weights']} | {row['same loss curve']} |"
+    shown = (
+        "kills",
+        "aimed",
+        "resumes",
+        "steps",
+        "steps repeated",
+        "temporary files left by kills",
+        "same weights",
+        "same loss curve",
     )
+    print(f"| {' | '.join(str(row[name]) for name in shown)} |")
     print(f"SHA-256 of the weights: {row['undisturbed']} undisturbed, {row['killed and resumed']} killed and resumed")
     args.out.parent.mkdir(exist_ok=True)
     args.out.write_text(json.dumps(row, indent=1) + "\n")

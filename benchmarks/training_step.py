@@ -51,8 +51,8 @@ STEPS = 1_000_000
 """Of the recipes: so many that the learning rate hardly moves."""
 
 CASES: dict[str, tuple[Recipe, int]] = {
-    "digits MLP": (replace(RECIPES["digits"], clip=1.0, steps=STEPS), 8),
-    "U-Net": (Recipe(data="images.npy", network="unet2d", channels=(32, 64), patch=2, batch=32, steps=STEPS), 4),
+    "digits MLP": (replace(RECIPES["digits"], clip=1.0, steps=STEPS), 4),
+    "U-Net": (Recipe(data="images.npy", network="unet2d", channels=(32, 64), patch=2, batch=32, steps=STEPS), 1),
 }
 """Name -> recipe, steps per turn."""
 
@@ -91,7 +91,7 @@ def random_rows(source: FiniteSource, recipe: Recipe, device: torch.device) -> C
 def bare_step(network: nn.Module, source: FiniteSource, recipe: Recipe, device: torch.device, *, ema: bool) -> Step:
     """A training step without a framework around it."""
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
-    weights = list(network.parameters())
+    weights: list[Tensor] = list(network.parameters())
     average = [w.detach().clone() for w in weights]
     batch = random_rows(source, recipe, device)
 
@@ -110,7 +110,7 @@ def bare_step(network: nn.Module, source: FiniteSource, recipe: Recipe, device: 
         optimizer.zero_grad()
         if ema:
             with torch.no_grad():
-                torch._foreach_lerp_(average, weights, 1 - recipe.ema)
+                torch._foreach_lerp_(average, weights, 1 - recipe.ema)  # type: ignore[reportPrivateImportUsage]
 
     return step
 
@@ -217,7 +217,7 @@ def environment(folder: Path) -> Path | None:
     try:
         if not python.exists():
             venv.create(folder, with_pip=True)
-            (inside,) = folder.glob("lib/python*/site-packages") or folder.glob("Lib/site-packages")
+            (inside,) = folder.glob("[lL]ib/**/site-packages")
             # addsitedir also reads the .pth files there, which an editable installation of fewstep needs
             lines = [f"import site; site.addsitedir({str(path)!r})\n" for path in site.getsitepackages()]
             (inside / "parent.pth").write_text("".join(lines))
@@ -234,7 +234,7 @@ def environment(folder: Path) -> Path | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=21)
+    parser.add_argument("--rounds", type=int, default=31)
     parser.add_argument("--torchcfm-venv", type=Path, help="where torchcfm is, or is installed; default: a temporary folder")
     parser.add_argument("--here", action="store_true", help="measure in this interpreter, with torchcfm only if it is here")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "training_step.json")

@@ -16,12 +16,12 @@ from typing import Any
 import cyclopts
 import numpy as np
 import torch
-from cells import RESULTS, Cell, Row, Rows, fill, markdown, solved, spread, total_variation, trained
 from torch import Tensor
 
+from cells import RESULTS, Cell, Row, Rows, fill, markdown, solved, spread, total_variation, trained
 from fewstep.evaluation import log_density
+from fewstep.keyed import generator
 from fewstep.training.data.toys import TOYS
-from fewstep.training.keyed import generator
 from fewstep.training.recipe import RECIPES
 
 DIVERGENCE = {"divergence_form": "exact", "divergence_share": 1.0}
@@ -137,10 +137,10 @@ def table(config: Config, rows: Rows) -> str:
             if found:
                 lines.append([density, method, str(len(found)), *_numbers(lambda key, f=found: [r.get(key) for r in f])])
     note = (
-        f"{config.steps} steps of {config.batch} (equal time: x {LONGER:g}), learning rate {config.lr:g}, MLP {config.width} x {config.blocks}; FDM: "
-        f"exact divergence of the whole batch, weight {config.divergence:g}. TV: {config.samples} samples against "
-        f"{config.reference}, {config.bins}^2 bins; floor: as many samples of the truth. Nats: mean log-likelihood of "
-        f"{config.held_out} held-out samples; ceiling: of the truth, on the same samples. Mean ± standard "
+        f"{config.steps} steps of {config.batch} (equal time: x {LONGER:g}), learning rate {config.lr:g}, MLP {config.width} x "
+        f"{config.blocks}; FDM: exact divergence of the whole batch, weight {config.divergence:g}. TV: {config.samples} "
+        f"samples against {config.reference}, {config.bins}^2 bins; floor: as many samples of the truth. Nats: mean "
+        f"log-likelihood of {config.held_out} held-out samples; ceiling: of the truth, on the same samples. Mean ± standard "
         "deviation over seeds.\n"
     )
     return f"{markdown(head, lines)}\n{note}"

@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 import cyclopts
 import numpy as np
 import torch
-from cells import RESULTS, Cell, Row, Rows, fill, markdown, spread, trained
-from systems import STEPS, SYSTEMS, trajectories
-from trajectory_measures import Truth, judged
 
+from cells import RESULTS, Cell, Row, Rows, fill, markdown, spread, trained
 from fewstep.training.data.source import FiniteSource
 from fewstep.training.recipe import Recipe
+from systems import STEPS, SYSTEMS, trajectories
+from trajectory_measures import Truth, judged
 
 PATHS: dict[str, Callable[["Config"], dict[str, Any]]] = {
     "OT": lambda config: {},

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from cells import Row, solved, total_variation
 from numpy.typing import NDArray
-from systems import System, continued
 from torch import Tensor
 
+from cells import Row, solved, total_variation
 from fewstep import CondOT, Model
 from fewstep.evaluation import log_density
 from fewstep.field import ModelField
-from fewstep.training.keyed import generator
+from fewstep.keyed import generator
+from systems import System, continued
 
 if TYPE_CHECKING:
     from dynamics import Config

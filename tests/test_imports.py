@@ -16,6 +16,7 @@ ARCHITECTURE = Path(__file__).parents[1] / "docs" / "architecture.md"
 LOWEST_FIRST = [
     "_errors",
     "_types",
+    "keyed",
     "_affine",
     "path",
     "calling",

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from .config import as_flags, flag_value, settings_in
-
 from .training.recipe import RECIPES, Keeping, Recipe, plain
 
 
@@ -78,7 +77,7 @@ def flags_before(words: Sequence[str]) -> list[str]:
     Raises:
         ValueError: no such recipe (the nearest is suggested), or a file with unknown keys.
     """
-    given = {word.partition("=")[0] for word in words}
+    given = {word.partition("=")[0].replace("--no-", "--", 1) for word in words}
     return as_flags({k: v for k, v in _base(words).items() if f"--{k.replace('_', '-')}" not in given})
 
 

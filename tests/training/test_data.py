@@ -13,9 +13,9 @@ from PIL import Image
 from sklearn.datasets import load_digits as sklearn_digits
 
 from fewstep._errors import FewstepError
+from fewstep.keyed import BLOCK, Keyed
 from fewstep.training.data import TOYS, EndlessSource, FiniteSource, Source, open_source
 from fewstep.training.data.source import epoch_rows
-from fewstep.training.keyed import BLOCK, Keyed
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (10, 3, 6, 5), dtype=np.uint8)

@@ -5,8 +5,8 @@ import torch
 from diffusers.models.unets.unet_2d import UNet2DModel
 
 from fewstep import EDM, VE, VP, CondOT, Cosine, FewstepError, adapt
+from fewstep.keyed import Keyed
 from fewstep.training.batch import Batch
-from fewstep.training.keyed import Keyed
 from fewstep.training.objective import FlowAndDivergence, Regression
 from fewstep.training.objective.fdm import Mismatch
 from fewstep.zoo.mixtures import mixture

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 import fewstep
 from fewstep import zoo
 from fewstep._types import ArtifactError, FewstepError, FieldError
+from fewstep.keyed import Keyed
 from fewstep.path import CondOT
 from fewstep.training import loop
 from fewstep.training.assemble import assemble
 from fewstep.training.data import FiniteSource, open_source
 from fewstep.training.finish import CURVE, command
-from fewstep.training.keyed import Keyed
 from fewstep.training.loop import learning_rate, shares_of, train
 from fewstep.training.measure import held_out_loss
 from fewstep.training.recipe import RECIPES, Keeping, Recipe, plain
@@ -138,47 +138,43 @@ def test_another_seed_gives_another_model(tmp_path):
 # --- what is learnt ----------------------------------------------------------------------------------------------------
 
 
+SHORT = replace(RECIPES["density2d"], data="8gaussians", steps=200, batch=128, width=32, blocks=2, lr=6e-3, warmup=10, ema=0.95)
+EDM_DIALS = {"path": "EDM", "predicts": "data", "raw": "edm", "weight": "edm", "time": "normal_log_snr", "time_mean": 1.2}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"coupling": "minibatch_ot"}, EDM_DIALS, {"divergence": 0.1, "divergence_form": "exact", "divergence_share": 1.0}],
+)
+def test_what_is_drawn_resembles_what_was_shown(tmp_path, settings):
+    """A ring of Gaussians: radius and spread of what is drawn are those of the data."""
+    model = train(replace(SHORT, **settings), tmp_path)
+    drawn = fewstep.reference(model.given(), torch.randn(256, 2, generator=torch.Generator().manual_seed(0)), tol=3e-2).end
+    truth, _ = open_source("8gaussians").draw(Keyed(0, 0, 0, 4096), 4096)
+    assert float(drawn.norm(dim=1).mean()) == pytest.approx(float(truth.norm(dim=1).mean()), rel=0.2)
+    assert float(drawn.mean(0).norm()) < 0.5
+    assert float(drawn.std(0).mean()) == pytest.approx(float(truth.std(0).mean()), rel=0.2)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
-        {"coupling": "minibatch_ot"},
         {"path": "VP", "predicts": "noise"},
         {"path": "VP", "predicts": "velocity", "weight": "min_snr", "target": "data"},
-        {"path": "EDM", "predicts": "data", "raw": "edm", "weight": "edm", "time": "normal_log_snr", "time_mean": 1.2},
         {"path": "VE(sigma_max=20.0)", "predicts": "noise", "time": "log_snr"},
-        {"divergence": 0.1, "divergence_form": "exact", "divergence_share": 1.0},
-        {"huber": 0.1, "time": "logit_normal", "stratified": True},
+        {"path": "Cosine", "predicts": "data", "time": "logit_normal", "time_std": 0.8},
+        {"huber": 0.1, "stratified": True},
     ],
 )
-def test_every_dial_draws_the_density_that_it_was_shown(tmp_path, settings):
-    """A broad ring: the mean and the radius of what is drawn are those of the data."""
-    recipe = replace(
-        RECIPES["density2d"],
-        data="8gaussians",
-        steps=350,
-        batch=256,
-        width=64,
-        blocks=2,
-        lr=4e-3,
-        warmup=20,
-        ema=0.97,
-        **settings,
-    )
-    model = train(recipe, tmp_path)
-    drawn = fewstep.reference(model.given(), torch.randn(512, 2, generator=torch.Generator().manual_seed(0)), tol=1e-2).end
-    truth, _ = open_source("8gaussians").draw(Keyed(0, 0, 0, 4096), 4096)
-    assert float(drawn.norm(dim=1).mean()) == pytest.approx(float(truth.norm(dim=1).mean()), rel=0.12)
-    assert float(drawn.mean(0).norm()) < 0.35
-    assert float(drawn.std(0).mean()) == pytest.approx(float(truth.std(0).mean()), rel=0.12)
+def test_every_dial_lowers_its_loss(tmp_path, settings):
+    train(replace(SHORT, **settings), tmp_path, keeping=Keeping(every=20))
+    curve = [json.loads(line) for line in (tmp_path / CURVE).read_text().splitlines()]
+    assert curve[-1]["loss"] < 0.9 * curve[0]["loss"]
 
 
 def test_any_distribution_can_be_the_source(tmp_path):
     """From one Gaussian ring to the moons: samples of the source, not noise, are carried to the target."""
-    recipe = replace(
-        RECIPES["density2d"], data="moons", source="8gaussians", coupling="minibatch_ot", steps=300, batch=128, width=64, blocks=2,
-        lr=4e-3, warmup=20, ema=0.97,
-    )  # fmt: skip
+    recipe = replace(SHORT, data="moons", source="8gaussians", coupling="minibatch_ot")
     model = train(recipe, tmp_path)
     start, _ = open_source("8gaussians").draw(Keyed(5, 0, 0, 512), 512)
     target, _ = open_source("moons").draw(Keyed(5, 0, 0, 512), 512)

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from fewstep import EDM, VE, VP, CondOT, Cosine, FewstepError, adapt
+from fewstep.keyed import Keyed
 from fewstep.training.batch import Batch
-from fewstep.training.keyed import Keyed
 from fewstep.training.objective import OBJECTIVES, FlowAndDivergence, Regression
 from problems import SmoothNetwork, randn
 

@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 
 from fewstep import EDM, VE, VP, CondOT, Cosine, DiscreteVP, FewstepError
-from fewstep.training.keyed import Keyed
+from fewstep.keyed import Keyed
 from fewstep.training.timelaw import LAWS, LogitNormal, LogSNR, NormalLogSNR, Uniform, draw_times
 
 PATHS = [CondOT(), Cosine(), VP(), VE(), EDM(), DiscreteVP(torch.linspace(0.99, 0.01, 50))]

@@ -3,21 +3,18 @@
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from .._types import Field, FieldError
 from ..field import Model
+from ..keyed import Keyed
 from ..path import AffinePath
 from .comparison import RESAMPLES, Estimate
 from .divergence import DivergenceRule
 from .flow import Source
 from .likelihood import log_density
 from .solve import Solver
-
-BLOCK = 64
-"""Images that share a generator: the first ones get the same noise however many follow."""
 
 
 def bits_per_dim(
@@ -91,12 +88,8 @@ def bits_per_dim(
 
 def dequantised(pixels: Tensor, levels: int, seed: int, repeat: int) -> Tensor:
     """(k + u) / (levels / 2) - 1, float32, on the pixels' device."""
-    blocks = []
-    for block in range(-(-len(pixels) // BLOCK)):
-        key = int(np.random.SeedSequence((seed, repeat, block)).generate_state(1)[0])
-        blocks.append(torch.rand(BLOCK, *pixels.shape[1:], generator=torch.Generator().manual_seed(key)))
-    u = torch.cat(blocks)[: len(pixels)].to(pixels.device)
-    return (pixels + u) / (levels / 2) - 1
+    u = Keyed(seed, repeat, 0, len(pixels)).uniform("dequantise", *pixels.shape[1:])
+    return (pixels + u.to(pixels)) / (levels / 2) - 1
 
 
 def _pixels(images: Tensor, levels: int) -> Tensor:

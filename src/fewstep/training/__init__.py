@@ -1,7 +1,7 @@
 """Training: a run is a point of coupling x time law x path x objective, written down as one `Recipe`.
 
-    from fewstep.training import RECIPES, train
-    model = train(replace(RECIPES["digits"], steps=2000), "runs/digits")
+from fewstep.training import RECIPES, train
+model = train(replace(RECIPES["digits"], steps=2000), "runs/digits")
 """
 
 import importlib

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from .._types import FewstepError
 from ..artifact import path_from_repr
 from ..field import Model, adapt
+from ..keyed import Keyed, generator
 from ..path import AffinePath
 from ..zoo.networks import build
 from .batch import Batch, Objective
 from .coupling import COUPLINGS, Coupling
 from .data import Source
-from .keyed import Keyed, generator
 from .objective import FlowAndDivergence, Regression
 from .recipe import Recipe
 from .timelaw import LAWS, TimeLaw, draw_times

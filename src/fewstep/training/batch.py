@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .._types import State
 from ..field import Model, ModelField
-from .keyed import Keyed
+from ..keyed import Keyed
 
 
 @dataclass(frozen=True)

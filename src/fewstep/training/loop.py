@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from .._types import FewstepError
 from ..field import Model
+from ..keyed import generator
 from ..zoo.checkpoint import CONFIG
 from .assemble import Parts, assemble, fresh_network, optimizer_for
 from .data import Source, open_source
 from .finish import finish, write_curve
-from .keyed import generator
 from .measure import held_out_loss, write_preview
 from .recipe import Keeping, Recipe, plain
 from .state import Run, checkpoints, newest

@@ -11,11 +11,11 @@ from ..composite import start_scale
 from ..coordinates import Coordinates
 from ..field import Model
 from ..grid import TimeGrid
+from ..keyed import Keyed
 from ..methods import ddim
 from ..outputs import picture
 from .assemble import Parts
 from .batch import Batch
-from .keyed import Keyed
 from .timelaw import draw_times
 
 HELD = 1024

@@ -26,9 +26,9 @@ class Recipe:
     """Where paths start: data like the above; default: standard normal noise."""
     hold_out: int = 0
     """Keep every k-th sample aside to measure the loss on; 0: none."""
-    flip: bool = False
+    flip: Annotated[bool, Parameter(negative="--no-flip")] = False
     """Mirror half of the images."""
-    dequantize: bool = False
+    dequantize: Annotated[bool, Parameter(negative="--no-dequantize")] = False
     """Spread 8-bit values uniformly over their bins, as bits/dim asks for."""
 
     path: str = "CondOT()"
@@ -47,7 +47,7 @@ class Recipe:
     """Mean of logit_normal and normal_log_snr."""
     time_std: float = 1.0
     """Their standard deviation."""
-    stratified: bool = False
+    stratified: Annotated[bool, Parameter(negative="--no-stratified")] = False
     """One time in each equal part of the law instead of independent ones."""
 
     target: Literal["", "velocity", "noise", "data"] = ""

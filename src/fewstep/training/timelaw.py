@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .._types import FewstepError
+from ..keyed import Keyed, generator
 from ..path import AffinePath
-from .keyed import Keyed, generator
 
 _BELOW_ONE = 1.0 - 2.0**-53
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._types import State
-from ..keyed import BLOCK, Keyed, generator
+from ...keyed import BLOCK, Keyed, generator
 from .checks import check_finite, check_labels, refuse
 
 Made = Tensor | tuple[Tensor, Tensor]

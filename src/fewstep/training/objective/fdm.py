@@ -18,9 +18,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..._types import FewstepError, State
 from ...field import Model
+from ...keyed import Keyed, generator
 from ...path import AffinePath, Interpolant
 from ..batch import Batch, Loss
-from ..keyed import Keyed, generator
 from .regression import Regression
 
 Form = Literal["vector", "two_probes", "exact"]
@@ -71,7 +71,7 @@ class FlowAndDivergence:
     independent_noise: ClassVar[bool] = True
     weight: float = 0.1
     form: Form = "vector"
-    share: float = 1 / 8
+    share: float = 1 / 16
     every: int = 1
     probes: Probes = "rademacher"
     base: Regression = _VELOCITY

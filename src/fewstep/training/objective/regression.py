@@ -41,7 +41,7 @@ class Regression:
 
     Example:
         >>> from fewstep import CondOT, adapt
-        >>> from fewstep.training.keyed import Keyed
+        >>> from fewstep.keyed import Keyed
         >>> model = adapt(lambda x, t: torch.zeros_like(x))
         >>> x0, x1 = torch.zeros(1, 2), torch.tensor([[1.0, 3.0]])
         >>> batch = Batch(x0, x1, torch.tensor([0.5], dtype=torch.float64), None, Keyed(0, 0, 0, 1))
