@@ -71,6 +71,13 @@ def test_the_page_on_use_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     assert names["digits"].fingerprint() == load("digits").fingerprint()
 
 
+def test_the_page_on_training_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    names = run_page("docs/training.md", tmp_path, monkeypatch)
+    assert load(tmp_path / "runs" / "moons").fingerprint() == names["model"].fingerprint()
+    assert torch.isfinite(names["drawn"].log_density.value).all()
+    assert "[" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["model", "flow", "unet", "denoiser", "edm"])
 def test_the_models_of_the_page_on_use_can_be_asked(name, tmp_path, monkeypatch):
     _, first = next(code_blocks("docs/using.md"))

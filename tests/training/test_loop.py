@@ -234,7 +234,8 @@ def test_the_average_starts_short_and_ends_long():
     expected = None
     for step in range(40):
         torch.nn.init.constant_(network.weight, float(step))
-        run.average.update_parameters(network)
+        run.step = step
+        run.blend()
         decay = min(0.9, step / (step + 10))
         expected = float(step) if expected is None else decay * expected + (1 - decay) * step
         assert float(run.ema.weight) == pytest.approx(expected, rel=1e-5)  # type: ignore[arg-type]
@@ -336,6 +337,14 @@ def test_other_versions_are_told(tmp_path, monkeypatch, capsys):
 def test_only_the_last_checkpoints_are_kept(tmp_path, monkeypatch):
     unfinished(tmp_path, monkeypatch)
     assert [f.name for f in checkpoints(tmp_path)] == ["checkpoint-00000004.safetensors", "checkpoint-00000005.safetensors"]
+
+
+def test_what_a_killed_life_left_half_written_is_cleared_away(tmp_path, monkeypatch):
+    unfinished(tmp_path, monkeypatch)
+    half = tmp_path / ".checkpoint-00000006.safetensors.0badf00d.tmp"
+    half.write_bytes(b"half")
+    train(TINY, tmp_path, resume=True, keeping=OFTEN)
+    assert not half.exists()
 
 
 def test_a_damaged_checkpoint_is_refused(tmp_path, monkeypatch):

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .._types import State
+from .._types import Prediction, State
 from ..field import Model, ModelField
 from ..keyed import Keyed
+from ..path import AffinePath
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,15 @@ class Batch:
 
     def field(self, model: Model) -> ModelField:
         """The model's velocity under this batch's labels (`Model.given` without its check, which waits for the device)."""
-        first, last = model.path.span(model.predicts)
+        first, last = _span(model.path, model.predicts)
         condition = {} if self.label is None else {model.label_key: self.label}
         return ModelField(model, condition, 1.0, None, None, 1.0, first, last)
+
+
+@lru_cache(maxsize=64)
+def _span(path: AffinePath, predicts: Prediction) -> tuple[float, float]:
+    """`AffinePath.span`, which costs more than a small network's layer."""
+    return path.span(predicts)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ class Session:
             self.accelerator.clip_grad_norm_(self.weights, recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        run.average.update_parameters(run.network)
+        run.blend()
         run.step += 1
         run.passes += round(recipe.batch * self.parts.passes)
         run.seconds += time.perf_counter() - wall

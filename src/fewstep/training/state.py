@@ -6,6 +6,7 @@ One file is replaced whole or not at all, so weights, optimiser and step number 
 import json
 import platform
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import __version__
 from .._disk import atomic_write, refusal, short
 from .recipe import changed
 
 PATTERN = "checkpoint-*.safetensors"
+LEFT_OVER = f".{PATTERN}.*.tmp"
 
 
 @dataclass
@@ -30,10 +32,11 @@ class Run:
     Attributes:
         recipe: its settings; a checkpoint is only continued under the same.
         network: what the optimiser trains, unwrapped.
-        average: the exponential moving average of its weights, which is what gets saved.
+        ema: the network with the exponential moving average of its weights, which is what gets saved.
         optimizer: AdamW.
+        decay: of that average.
         step: optimiser steps done.
-        samples: network passes in units of one forward pass of one sample; a backward pass counts as two.
+        passes: network passes in units of one forward pass of one sample; a backward pass counts as two.
         seconds: wall-clock time spent.
         cpu_seconds: processor time spent.
         curve: entries of the loss curve.
@@ -43,8 +46,9 @@ class Run:
 
     recipe: Mapping[str, Any]
     network: nn.Module
-    average: AveragedModel
+    ema: nn.Module
     optimizer: torch.optim.Optimizer
+    decay: float
     step: int = 0
     passes: int = 0
     seconds: float = 0.0
@@ -56,19 +60,21 @@ class Run:
     @staticmethod
     def begin(recipe: Mapping[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer, ema: float) -> "Run":
         """Step 0."""
+        return Run(recipe, network, deepcopy(network).eval().requires_grad_(False), optimizer, ema)
 
-        def blend(means: Any, weights: Any, count: Any) -> None:
-            # Over the first steps its memory is shorter: else the random first weights stay visible for thousands of steps.
-            get_ema_multi_avg_fn(min(ema, float(count) / (float(count) + 10)))(means, weights, count)
+    def __post_init__(self) -> None:
+        # Listed once: to walk the modules at every step costs several times the blending.
+        self._means: list[Tensor] = list(self.ema.parameters())
+        self._weights: list[Tensor] = list(self.network.parameters())
 
-        average = AveragedModel(network, multi_avg_fn=blend)
-        average.n_averaged = average.n_averaged.cpu()  # counted on the host: asking a device for it would wait for it
-        return Run(recipe, network, average.eval().requires_grad_(False), optimizer)
-
-    @property
-    def ema(self) -> nn.Module:
-        """The network with the averaged weights."""
-        return self.average.module
+    @torch.no_grad()
+    def blend(self) -> None:
+        """Move the averages towards the weights of the step that is about to be counted."""
+        # Over the first steps its memory is shorter: else the random first weights stay visible for thousands of steps.
+        decay = min(self.decay, self.step / (self.step + 10))
+        get_ema_multi_avg_fn(decay)(self._means, self._weights, self.step)
+        for mean, value in zip(self.ema.buffers(), self.network.buffers(), strict=True):
+            mean.copy_(value)
 
     def finite(self) -> bool:
         """Whether every weight is a number."""
@@ -84,7 +90,7 @@ class Run:
         header = {"run": json.dumps({"recipe": dict(self.recipe), **rest}), "versions": json.dumps(versions())}
         atomic_write(folder / f"checkpoint-{self.step:08d}.safetensors", save_tensors(self._tensors(), metadata=header))
         self.saved = self.step
-        for old in checkpoints(folder)[:-keep]:
+        for old in [*checkpoints(folder)[:-keep], *folder.glob(LEFT_OVER)]:  # the latter from a life that was killed
             old.unlink(missing_ok=True)
 
     def restore(self, file: Path) -> str | None:
@@ -107,7 +113,6 @@ class Run:
         self._load(tensors, file)
         for name, value in rest.items():
             setattr(self, name, value)
-        self.average.n_averaged = torch.tensor(self.step)
         self.saved = self.step
         news = changed(json.loads(header["versions"]), versions())
         return ", ".join(f"{name} {old} then, {new} now" for name, (old, new) in news.items()) or None
