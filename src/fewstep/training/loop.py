@@ -78,13 +78,13 @@ def train(
         interrupted() as asked,
         shown(run, steps, recipe.batch, keeping.every, show_it) as show,
     ):
-        while run.step < steps and run.seconds < keeping.seconds:
+        late = session.agreed(run.seconds >= keeping.seconds)
+        while run.step < steps and not late:  # all processes leave in the same step, or the others would wait for ever
             session.advance()
             pause = run.step % keeping.every == 0 or run.step == steps
             if pause or run.step % session.look == 0:
                 session.check_losses()
-                late = run.seconds >= keeping.seconds
-                stop, late = session.agreed(asked()), session.agreed(late)
+                stop, late = session.agreed(asked()), session.agreed(run.seconds >= keeping.seconds)
                 if pause or stop or late:
                     session.save(point=pause or late)
                 if stop and run.step < steps:
