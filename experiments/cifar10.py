@@ -71,7 +71,8 @@ def experiment(config: Config, out: Path, runs: Path) -> Rows:
     measure = partial(_measured, config, net, truth, pixels, labels[: config.likelihoods])
 
     def kept(name: str, rows: Rows) -> Row:
-        return _record(MODELS / name) | measure(_kept(config, name, data, runs))
+        model = _kept(config, name, data, runs)
+        return _record(MODELS / name) | measure(model)
 
     def compared(seed: int, divergence: float, longer: float, rows: Rows) -> Row:
         recipe = replace(
@@ -174,7 +175,6 @@ def main(
     if not config.train or not config.test:
         raise SystemExit("pass --train and --test, the two parquet files")
     print(experiment(config, out, runs) and out.with_suffix(".md").read_text())
-
 
 
 if __name__ == "__main__":

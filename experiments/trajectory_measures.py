@@ -152,9 +152,11 @@ def conditional(truth: Truth, guided: Tensor, bins: int = 24) -> Row:
 
 
 def given_event(model: Model, truth: Truth) -> ModelField:
-    """The model guided to its event: the score gains the gradient of log sigmoid(1.6 C(x_hat) / std) (Finzi et al., eq. 9).
+    """The model guided to its event: the score gains the gradient of log sigmoid(1.6 C(x_hat) / std) (2306.07526).
 
-    x_hat is the expected data; std = sqrt(|grad C . dC(x_hat)/dx| + 1e-3) sigma / alpha, held fixed, is the spread of C.
+    x_hat is the expected data; std, held fixed, is the spread of C to first order, with the data's covariance given x,
+    sigma^2 / alpha dx_hat/dx: the root of sigma^2 / alpha (|grad C . dC(x_hat)/dx| + 1e-3). The public code divides by alpha
+    outside the root, which is the same on VE and guides too little on CondOT.
     """
     plain, of = model.given(), truth.system.event
     assert of is not None
@@ -165,7 +167,7 @@ def given_event(model: Model, truth: Truth) -> ModelField:
         c = of(truth.physical(data)).float()
         slope, pulled = torch.autograd.grad(c.sum(), [data, x], retain_graph=True)
         steep = (slope * pulled).flatten(1).sum(1).abs()
-        std = ((steep + 1e-3).sqrt() * sigma / alpha).clamp(min=1e-3)
+        std = (((steep + 1e-3) / alpha).sqrt() * sigma).clamp(min=1e-3)
         return torch.nn.functional.logsigmoid(1.6 * c / std)
 
     return model.given(classifier=log_probability)

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from .config import as_flags, flag_value, settings_in
-from .training.recipe import RECIPES, Keeping, Recipe, plain
+from .training.recipe import NETWORK_OPTIONS, RECIPES, Keeping, Recipe, plain
 
 
 def train(
@@ -50,7 +50,6 @@ def train(
     if processes > 1 and "LOCAL_RANK" not in os.environ:
         _torchrun(processes)
     try:
-        from .training.data import open_source
         from .training.loop import train as run
     except ImportError as error:
         raise ValueError(f"training needs {error.name}: pip install 'fewstep[train]'") from error
@@ -59,13 +58,7 @@ def train(
         import torch
 
         torch.set_num_threads(1)  # sums are ordered by thread; and waking others costs a small network more than it gains
-    data = None
-    if skip_unreadable:
-        settings.check()
-        data = open_source(
-            settings.data, hold_out=settings.hold_out, flip=settings.flip, dequantize=settings.dequantize, skip_unreadable=True
-        )
-    model = run(settings, out, data=data, resume=resume, keeping=keeping, progress=True)
+    model = run(settings, out, resume=resume, keeping=keeping, progress=True, skip_unreadable=skip_unreadable)
     if int(os.environ.get("RANK", "0")) == 0:
         summary = {"model": str(out), "parameters": model.parameters()}
         print(jsonlib.dumps(summary) if json else f"model, card and curve in {out}; tune it: fewstep tune {out} --nfe 4,6,8")
@@ -78,6 +71,8 @@ def flags_before(words: Sequence[str]) -> list[str]:
         ValueError: no such recipe (the nearest is suggested), or a file with unknown keys.
     """
     given = {word.partition("=")[0].replace("--no-", "--", 1) for word in words}
+    if "--network" in given:  # another network has other options
+        given |= {f"--{name}" for name in NETWORK_OPTIONS}
     return as_flags({k: v for k, v in _base(words).items() if f"--{k.replace('_', '-')}" not in given})
 
 

@@ -116,6 +116,15 @@ def test_two_processes_train_what_one_does(tmp_path, flags):
         torch.testing.assert_close(value, weights[1][name], rtol=0.0, atol=2e-5)
 
 
+def test_processes_agree_when_their_time_is_over(tmp_path):
+    words = ["--recipe", "digits", "--batch", "32", "--width", "8", "--blocks", "1", "--seconds", "1", "--processes", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "fewstep.cli", "train", *words, "--steps", "1000000", "--out", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert zoo.read_config(tmp_path).training.steps % loop.LOOK == 0  # type: ignore[union-attr]
+
+
 def test_what_belongs_to_the_machine_does_not_change_the_weights(tmp_path):
     keeping = Keeping(every=3, keep=1, preview=4)
     one, two = train(TINY, tmp_path / "a", keeping=OFTEN), train(TINY, tmp_path / "b", keeping=keeping)
@@ -250,7 +259,7 @@ def test_the_folder_is_a_model_with_its_record(tmp_path):
     record = zoo.read_config(tmp_path).training
     assert record is not None
     assert record.recipe == plain(replace(TINY, divergence=0.1))
-    assert record.network_passes == 7 * round(32 * (3 + 6 / 8))
+    assert record.network_passes == 7 * round(32 * (3 + 3 / 16))
     assert (
         record.command == "fewstep train --recipe digits --divergence 0.1 --width 16 --blocks 1 --steps 7 --batch 32 --warmup 2"
     )
@@ -386,6 +395,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"seed": 2**63}, "seed must be below"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"lr": float("inf")}, "lr must be positive, got inf"),
@@ -416,6 +426,53 @@ def test_impossible_recipes_are_refused(tmp_path, settings, message):
 def test_impossible_housekeeping_is_refused(tmp_path, settings, message):
     with pytest.raises(FewstepError, match=message):
         train(TINY, tmp_path, keeping=Keeping(**settings))
+
+
+def test_settings_that_would_do_nothing_are_refused(tmp_path):
+    with pytest.raises(FewstepError, match="the recipe's hold_out would do nothing to the data that are given"):
+        train(TINY, tmp_path, data=open_source("digits"))
+    with pytest.raises(FewstepError, match='tracker "comet_ml" is not installed: pip install comet_ml'):
+        train(TINY, tmp_path, keeping=Keeping(tracker="comet_ml"))
+
+
+def test_labels_in_memory_are_counted_and_the_null_class_comes_after_them(tmp_path):
+    data = FiniteSource(torch.randn(60, 2), torch.arange(60) % 3)
+    parts = assemble(Recipe(data="mine", batch=600, label_dropout=0.5), data)
+    label = parts.batch(0, 0, 600, torch.device("cpu")).label
+    assert label is not None
+    assert torch.bincount(label, minlength=4)[3] == pytest.approx(300, abs=60)
+    with pytest.raises(FewstepError, match="is negative"):
+        FiniteSource(torch.randn(3, 2), torch.tensor([0, -1, 1]))
+
+
+def test_a_kill_between_the_model_and_its_page_can_be_resumed(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("fewstep.training.finish.card", lambda *_, **__: raise_killed())
+        with pytest.raises(Killed):
+            train(TINY, tmp_path)
+    assert (tmp_path / CONFIG).exists()
+    train(TINY, tmp_path, resume=True)
+    assert (tmp_path / "README.md").exists()
+
+
+def test_the_next_run_may_have_another_precision(tmp_path):
+    """And the averaged network computes in its own, as the saved one does."""
+    train(TINY, tmp_path / "full")
+    model = train(replace(TINY, precision="bf16"), tmp_path / "mixed")
+    x = torch.randn(4, 1, 8, 8)
+    assert torch.equal(model.given(3)(x, 0.3), zoo.load(tmp_path / "mixed").given(3)(x, 0.3))
+
+
+def test_the_loss_kept_aside_sees_every_class_of_sorted_data(monkeypatch):
+    seen: list[int] = []
+    data = FiniteSource(torch.randn(4000, 2), torch.arange(4000) // 1000, hold_out=2)
+    parts = assemble(Recipe(data="mine", batch=100), data)
+    inner = parts.regression
+    watch = lambda model, batch: (seen.extend(batch.label.tolist()), inner(model, batch))[1]  # noqa: E731
+    object.__setattr__(parts, "regression", watch)
+    held_out_loss(parts, ResidualMLP((2,), 4, 8, 0))
+    assert len(seen) == 1024
+    assert set(seen) == {0, 1, 2, 3}
 
 
 def test_more_processes_than_the_batch_are_refused():

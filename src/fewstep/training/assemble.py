@@ -1,8 +1,10 @@
 """From a recipe to the parts of a run: path, network, objective, coupling, time law."""
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -47,34 +49,44 @@ class Parts:
     coupling: Coupling
     law: TimeLaw
     model: Callable[[nn.Module], Model]
+    _last: list[tuple[int, tuple[Tensor, Tensor, Tensor | None]]] = field(default_factory=list, repr=False)
 
     def batch(self, step: int, start: int, stop: int, device: torch.device) -> Batch:
         """Samples `start` to `stop` of the batch of one step: the same ones whoever asks."""
         recipe, total = self.recipe, self.recipe.batch
         mine = Keyed(recipe.seed, step, start, stop)
-        drawn = mine.share(0, total) if self.coupling.whole else mine  # the coupling looks at the whole batch
-        x1, label = self.data.draw(drawn, total)
-        x0 = self._start(drawn)
-        x0 = x0.index_select(0, self.coupling(x0, x1, label))
-        if self.coupling.whole:
+        if self.coupling.whole:  # it looks at the whole batch, once for all pieces of a step
+            x0, x1, label = self._coupled(step)
             x0, x1, label = x0[start:stop], x1[start:stop], None if label is None else label[start:stop]
+        else:
+            x0, x1, label = self.pairs(mine)
         if label is not None:
             dropped = mine.uniform("label") < recipe.label_dropout
-            label = torch.where(dropped, self.data.classes or 0, label).to(device)
+            assert self.data.classes is not None  # a source with labels knows how many there are
+            label = torch.where(dropped, self.data.classes, label).to(device)
         t = draw_times(self.law, mine, total, self.path, self.span, recipe.stratified)
         return Batch(x0.to(device), x1.to(device), t.to(device), label, mine)
 
     @property
     def passes(self) -> float:
-        """Network passes that a sample costs: three for forward and backward, six more for a sample with its divergence."""
-        recipe = self.recipe
-        return 3.0 + (6.0 * recipe.divergence_share / recipe.divergence_every if recipe.divergence else 0.0)
+        """Forward passes that a sample's share of a step costs, a backward pass being two."""
+        return self.objective.passes(math.prod(self.data.shape))
 
     @cached_property
     def span(self) -> tuple[float, float]:
-        """The times at which both the velocity and the network's own prediction are finite."""
-        spans = [self.path.span("velocity"), self.path.span(self.recipe.predicts)]
-        return max(s[0] for s in spans), min(s[1] for s in spans)
+        """The times at which everything that the objective needs is finite."""
+        return self.objective.span(self.model(nn.Identity()))
+
+    def pairs(self, keyed: Keyed) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Source and data, coupled, with labels."""
+        x1, label = self.data.draw(keyed, self.recipe.batch)
+        x0 = self._start(keyed)
+        return x0.index_select(0, self.coupling(x0, x1, label)), x1, label
+
+    def _coupled(self, step: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        if not self._last or self._last[0][0] != step:
+            self._last[:] = [(step, self.pairs(Keyed(self.recipe.seed, step, 0, self.recipe.batch)))]
+        return self._last[0][1]
 
     def _start(self, keyed: Keyed) -> Tensor:
         if self.source is None:
@@ -101,7 +113,7 @@ def assemble(recipe: Recipe, data: Source, source: Source | None = None) -> Part
     def model(network: nn.Module) -> Model:
         return adapt(
             network, path=path, predicts=recipe.predicts, shape=data.shape, raw=recipe.raw, sigma_data=recipe.sigma_data,
-            classes=data.classes, null_label=data.classes, name=recipe.data,
+            classes=data.classes, null_label=data.classes, name=(Path(recipe.data).stem or "model")[:200],
         )  # fmt: skip
 
     base = Regression(target=recipe.target or None, weight=recipe.weight, huber=recipe.huber)

@@ -64,3 +64,11 @@ class Objective(Protocol):
     def __call__(self, model: Model, batch: Batch) -> Loss:
         """The losses of a batch; one pass of the network, and what the objective's own terms need."""
         ...
+
+    def passes(self, size: int) -> float:
+        """Cost per sample in forward passes, a backward pass being two, for samples of `size` numbers."""
+        ...
+
+    def span(self, model: Model) -> tuple[float, float]:
+        """First and last time at which everything is finite."""
+        ...

@@ -12,7 +12,7 @@ from safetensors.torch import save as save_tensors
 from .._disk import atomic_write
 from ..field import Model
 from ..outputs import picture
-from ..zoo.checkpoint import WEIGHTS, Precision, TrainingRecord, read_model, save_model
+from ..zoo.checkpoint import WEIGHTS, Precision, TrainingRecord, save_model
 from .assemble import Parts
 from .measure import draw
 from .recipe import RECIPES, Recipe, plain
@@ -41,9 +41,8 @@ def finish(run: Run, parts: Parts, model: Model, out: Path, stored: Precision, *
     record = training_record(run, parts)
     if whole:
         save_model(model, out, stored=stored, data_range=parts.data.data_range, training=record)
-        model = read_model(out)
     else:
-        tensors = {k: v.detach().cpu().contiguous().to(getattr(torch, stored)) for k, v in run.ema.state_dict().items()}
+        tensors = {k: v.detach().cpu().clone().to(getattr(torch, stored)) for k, v in run.ema.state_dict().items()}
         atomic_write(out / WEIGHTS, save_tensors(tensors))
     if whole and parts.source is None:
         atomic_write(out / "samples.png", picture(draw(model, run.recipe["seed"])))

@@ -6,18 +6,20 @@ an undisturbed one, bit for bit, and several processes see the batches that one 
 
 import math
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from .._types import FewstepError
 from ..field import Model
 from ..keyed import generator
-from ..zoo.checkpoint import CONFIG
+from ..zoo.checkpoint import CONFIG, WEIGHTS
 from .assemble import Parts, assemble, fresh_network, optimizer_for
 from .data import Source, open_source
 from .finish import finish, write_curve
@@ -39,6 +41,7 @@ def train(
     resume: bool = False,
     keeping: Keeping = Keeping(),  # noqa: B008  # frozen
     progress: bool = False,
+    skip_unreadable: bool = False,
 ) -> Model:
     """Train a flow, and save the model with its card and loss curve in `out`.
 
@@ -47,12 +50,14 @@ def train(
     Args:
         recipe: what decides the weights, such as ``RECIPES["digits"]`` or ``replace(RECIPES["digits"], lr=3e-4)``.
         out: folder for checkpoints while training, and for the model, which `fewstep.load` and ``fewstep tune`` take.
-        data: instead of the recipe's own data: anything like what `open_source` returns.
+        data: instead of the recipe's own data: anything like what `open_source` returns, such as a `FiniteSource`. What the
+            recipe says of its own data (hold_out, flip, dequantize, size, classes) must then be left out.
         network: instead of the recipe's own network: any module called ``network(x, t)``, or ``network(x, t, label)`` for data
-            with labels. Such a model is returned; of it only the weights are saved.
+            with labels, where label == classes stands for none. Such a model is returned; of it only the weights are saved.
         resume: continue the unfinished run in `out`.
         keeping: checkpoints, previews, trackers and a limit of time.
         progress: show rate, losses and time left on stderr.
+        skip_unreadable: leave out images that cannot be read (the card says how many), instead of stopping at the first.
 
     Returns:
         The trained model, with averaged weights.
@@ -70,19 +75,19 @@ def train(
         >>> model.shape
         (2,)
     """
-    session = _begin(recipe, Path(out), data, network, resume, keeping, progress)
+    session = _begin(recipe, Path(out), data, network, resume, keeping, progress, skip_unreadable)
     run, steps = session.run, recipe.steps
     show_it = progress and session.main
     with (
         torch.random.fork_rng(devices=[]),
         interrupted() as asked,
-        shown(run, steps, recipe.batch, keeping.every, show_it) as show,
+        shown(run, steps, recipe.batch, keeping, show_it) as show,
     ):
         late = session.agreed(run.seconds >= keeping.seconds)
         while run.step < steps and not late:  # all processes leave in the same step, or the others would wait for ever
             session.advance()
             pause = run.step % keeping.every == 0 or run.step == steps
-            if pause or run.step % session.look == 0:
+            if pause or run.step % session.look == 0 or (asked() and not session.several):
                 session.check_losses()
                 stop, late = session.agreed(asked()), session.agreed(run.seconds >= keeping.seconds)
                 if pause or stop or late:
@@ -136,7 +141,7 @@ class Session:
     def advance(self) -> None:
         """One optimiser step."""
         wall, cpu, run, recipe = time.perf_counter(), time.process_time(), self.run, self.parts.recipe
-        torch.random.set_rng_state(generator(recipe.seed, "dropout", run.step, self.shares[0][0]).get_state())
+        torch.manual_seed(generator(recipe.seed, "dropout", run.step, self.shares[0][0]).initial_seed())  # of all devices
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, run.step)
         total = torch.zeros((), device=self.device)
@@ -205,12 +210,12 @@ class Session:
 
     def finish(self) -> Model:
         """Save the model and clear the checkpoints away."""
-        if self.keeping.tracker:
-            self.accelerator.end_training()
         model = self.parts.model(self.run.ema)
         if self.main:
             finish(self.run, self.parts, model, self.out, self.keeping.stored, whole=self.own)
         self.accelerator.wait_for_everyone()
+        if self.keeping.tracker:
+            self.accelerator.end_training()  # ends the process group, too
         return model
 
     def _reduced(self, values: Tensor, how: str) -> Tensor:
@@ -223,7 +228,7 @@ class Session:
         kept = f"the last good checkpoint (step {saved}) is kept in {self.out}" if saved else "there is no checkpoint yet"
         return FewstepError(
             f"the loss is {value:g} at step {step}, learning rate {learning_rate(recipe, step - 1):.3g}: training "
-            f"has diverged; {kept}; start afresh with a lower --lr, or with --clip 1, in another --out"
+            f"has diverged; {kept}; start afresh with a lower --lr{'' if recipe.clip else ' or --clip 1'}, in another --out"
         )
 
 
@@ -235,27 +240,29 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 
 def _begin(
-    recipe: Recipe, out: Path, data: Source | None, network: nn.Module | None, resume: bool, keeping: Keeping, progress: bool
-) -> Session:
+    recipe: Recipe, out: Path, data: Source | None, network: nn.Module | None, resume: bool, keeping: Keeping, progress: bool,
+    skip_unreadable: bool,
+) -> Session:  # fmt: skip
     recipe.check()
     keeping.check()
     if not resume and checkpoints(out):
         raise FewstepError(f"{out} holds an unfinished run; continue it with --resume, or choose another --out")
-    if (out / CONFIG).exists():
+    if not checkpoints(out) and ((out / CONFIG).exists() or (out / WEIGHTS).exists()):
         raise FewstepError(f"{out} holds a finished model; choose another --out")
-    accelerator = Accelerator(
-        mixed_precision=recipe.precision, cpu=not torch.cuda.is_available(), log_with=keeping.tracker, project_dir=str(out)
-    )
+    accelerator = _accelerator(recipe, keeping, out)
     shares = shares_of(recipe, accelerator.process_index, accelerator.num_processes)
-    options = {"hold_out": recipe.hold_out, "flip": recipe.flip, "dequantize": recipe.dequantize}
-    found = data if data is not None else open_source(recipe.data, **options)
+    idle = [k for k in ("hold_out", "flip", "dequantize", "size", "classes") if getattr(recipe, k)] if data is not None else []
+    if idle:
+        raise FewstepError(f"the recipe's {', '.join(idle)} would do nothing to the data that are given; set them there")
+    found = data if data is not None else data_of(recipe, skip_unreadable=skip_unreadable)
     parts = assemble(recipe, found, open_source(recipe.source) if recipe.source else None)
     made = network if network is not None else fresh_network(recipe, parts.data)
     made.to(accelerator.device).train()
-    wrapped, prepared = accelerator.prepare(made, optimizer_for(made, recipe))
-    run = Run.begin(plain(recipe), made, prepared.optimizer, recipe.ema)
+    bare = optimizer_for(made, recipe)
+    run = Run.begin(plain(recipe), made, bare, recipe.ema)  # before the wrapping, whose autocast the average must not inherit
+    wrapped, prepared = accelerator.prepare(made, bare)
     # The wrapping is for gradients that a scaler scales; without one it only looks for absent packages, at every step.
-    optimizer = prepared.optimizer if accelerator.scaler is None else prepared
+    optimizer = bare if accelerator.scaler is None else prepared
     if resume:
         news = run.restore(newest(out))
         if news and progress:
@@ -265,6 +272,30 @@ def _begin(
     if keeping.tracker:
         accelerator.init_trackers("fewstep", config={k: str(v) for k, v in plain(recipe).items()})
     return Session(parts, accelerator, run, wrapped, optimizer, shares, out, keeping, network is None)
+
+
+def _accelerator(recipe: Recipe, keeping: Keeping, out: Path) -> Accelerator:
+    AcceleratorState._reset_state(reset_partial_state=False)  # else a second run in this process could not change precision
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of absent trackers, which are an error here
+        accelerator = Accelerator(
+            mixed_precision=recipe.precision, cpu=not torch.cuda.is_available(), log_with=keeping.tracker, project_dir=str(out)
+        )
+    if keeping.tracker and not accelerator.log_with:
+        raise FewstepError(f'tracker "{keeping.tracker}" is not installed: pip install {keeping.tracker}, or leave it out')
+    return accelerator
+
+
+def data_of(recipe: Recipe, *, skip_unreadable: bool = False) -> Source:
+    """The recipe's data.
+
+    Raises:
+        FewstepError: see `open_source`.
+    """
+    return open_source(
+        recipe.data, hold_out=recipe.hold_out, flip=recipe.flip, dequantize=recipe.dequantize, size=recipe.size,
+        classes=recipe.classes, skip_unreadable=skip_unreadable,
+    )  # fmt: skip
 
 
 def shares_of(recipe: Recipe, process: int, processes: int) -> list[tuple[int, int]]:

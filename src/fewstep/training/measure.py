@@ -26,19 +26,27 @@ DRAWN, CALLS = 64, 32
 
 
 def held_out_loss(parts: Parts, network: nn.Module) -> dict[str, float]:
-    """The regression loss of `network` on samples kept aside; nothing where there are none."""
+    """The regression loss of `network` on samples kept aside, coupled with noise; nothing where there are none, or no noise."""
     held = parts.data.held_out()
-    if held is None:
+    if held is None or parts.source is not None:
         return {}
-    x1, labels = held[0][:HELD], None if held[1] is None else held[1][:HELD]
-    keyed = Keyed(seed=0x4E1D, step=0, start=0, stop=len(x1))
-    t = draw_times(parts.law, keyed, len(x1), parts.path, parts.span, True)
-    device = next(network.parameters()).device
-    x0 = keyed.normal("noise", *parts.data.shape)
-    batch = Batch(x0.to(device), x1.to(device), t.to(device), None if labels is None else labels.to(device), keyed)
-    with torch.no_grad():
-        loss = parts.regression(parts.model(network), batch)
-    return {"held_out": float(loss.each.mean())}
+    rows = torch.linspace(0, len(held[0]) - 1, min(len(held[0]), HELD)).long()  # sorted data: some of every class
+    x1, labels = held[0][rows], None if held[1] is None else held[1][rows]
+    whole = Keyed(seed=0x4E1D, step=0, start=0, stop=len(rows))
+    x0 = whole.normal("noise", *parts.data.shape)
+    x0 = x0.index_select(0, parts.coupling(x0, x1, labels))
+    t = draw_times(parts.law, whole, len(rows), parts.path, parts.span, True)
+    device, losses = next(network.parameters()).device, []
+    piece = max(1, parts.recipe.batch // parts.recipe.accumulate)  # what training has memory for
+    for start in range(0, len(rows), piece):
+        part = slice(start, min(start + piece, len(rows)))
+        keyed = whole.share(part.start, part.stop)
+        label = None if labels is None else labels[part].to(device)
+        batch = Batch(x0[part].to(device), x1[part].to(device), t[part].to(device), label, keyed)
+        with torch.no_grad():
+            loss = parts.regression(parts.model(network), batch)
+        losses.append(loss.each)
+    return {"held_out": float(torch.cat(losses).mean())}
 
 
 def draw(model: Model, seed: int, count: int = DRAWN) -> Tensor:

@@ -28,6 +28,10 @@ class Recipe:
     """Keep every k-th sample aside to measure the loss on; 0: none."""
     flip: Annotated[bool, Parameter(negative="--no-flip")] = False
     """Mirror half of the images."""
+    size: int | None = None
+    """Scale images to cover this side and crop the middle; needed where they differ in size."""
+    classes: int | None = None
+    """Number of classes, if it is not the highest label plus one."""
     dequantize: Annotated[bool, Parameter(negative="--no-dequantize")] = False
     """Spread 8-bit values uniformly over their bins, as bits/dim asks for."""
 
@@ -60,7 +64,7 @@ class Recipe:
     """Weight of the divergence mismatch (FDM) beside the regression; 0: off."""
     divergence_form: Literal["vector", "two_probes", "exact"] = "vector"
     """Estimator of the mismatch."""
-    divergence_share: float = 0.125
+    divergence_share: float = 0.0625
     """Part of the batch on which it is computed."""
     divergence_every: int = 1
     """Only at every k-th step."""
@@ -129,6 +133,8 @@ class Recipe:
                 raise FewstepError(f"{name} must lie in [0, 1), got {getattr(self, name)}")
         if not 0.0 < self.divergence_share <= 1.0:
             raise FewstepError(f"divergence_share must lie in (0, 1], got {self.divergence_share}")
+        if self.seed >= 2**63:
+            raise FewstepError(f"seed must be below 2**63, got {self.seed}")
         if self.hold_out == 1:
             raise FewstepError("hold_out = 1 would keep every sample aside; use 2 or more, or 0 for none")
         if self.raw == "edm" and self.predicts != "data":

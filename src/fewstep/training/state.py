@@ -182,5 +182,8 @@ def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         if missing:
             raise ValueError(f"its header lacks {missing}")
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise refusal(f"{file} is not a checkpoint that fewstep wrote ({short(error)}); delete it and start afresh") from error
+        raise refusal(
+            f"{file} is not a checkpoint that fewstep wrote ({short(error)}); delete it and resume from an older one, or "
+            "start afresh"
+        ) from error
     return header, tensors

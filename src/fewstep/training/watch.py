@@ -8,21 +8,28 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from .recipe import Keeping
 from .state import Run
+
+SAME = 2.0
+"""Seconds within which two signals count as one."""
 
 
 @contextmanager
 def interrupted() -> Iterator[Callable[[], bool]]:
-    """Says whether Ctrl-C or a termination signal has come; a second one takes effect at once."""
-    came: list[int] = []
+    """Says whether Ctrl-C or a termination signal has come; a later one takes effect at once."""
+    came: list[float] = []
     if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
         yield lambda: False
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: object) -> None:
-        came.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        # A launcher may forward the signal that its children have had from the terminal: that is the same one.
+        if came and time.monotonic() - came[0] > SAME:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
+        came.append(time.monotonic())
 
     for number in before:
         signal.signal(number, note)
@@ -34,7 +41,7 @@ def interrupted() -> Iterator[Callable[[], bool]]:
 
 
 @contextmanager
-def shown(run: Run, steps: int, batch: int, every: int, show: bool) -> Iterator[Callable[[], None]]:
+def shown(run: Run, steps: int, batch: int, keeping: Keeping, show: bool) -> Iterator[Callable[[], None]]:
     """Progress on stderr with rate and time left: a bar on a terminal, a line for every point of the curve elsewhere."""
     first, start = run.step, time.perf_counter()
 
@@ -42,11 +49,11 @@ def shown(run: Run, steps: int, batch: int, every: int, show: bool) -> Iterator[
         rate = (run.step - first) / max(time.perf_counter() - start, 1e-9)
         point = run.curve[-1] if run.curve else {"loss": math.nan}
         losses = ", ".join(f"{name} {point[name]:.4f}" for name in point if name not in ("step", "lr", "samples_per_s"))
-        left = int((steps - run.step) / rate) if rate else 0
+        left = int(min((steps - run.step) / rate if rate else 0.0, max(keeping.seconds - run.seconds, 0.0)))
         return f"{losses}  {rate:5.1f} steps/s, {rate * batch:,.0f} samples/s  {_clock(left)} left"
 
     def line() -> None:
-        if run.step % every == 0 or run.step == steps:
+        if run.step % keeping.every == 0 or run.step == steps:
             print(f"step {run.step:>6}/{steps}  {words()}", file=sys.stderr, flush=True)
 
     if not show:

@@ -65,7 +65,7 @@ class FiniteSource:
     Args:
         data: (n, *shape), float32 used as it is, or uint8 (kept so, scaled to [-1, 1] batch by batch).
         labels: (n,) int64, checked.
-        classes: number of classes.
+        classes: number of classes; default: the highest label plus one.
         origin: what and from where, for the description.
         hold_out: every so many-th sample is kept aside; 0 for none.
         flip: mirror half of the samples left to right; images (channels, height, width) only.
@@ -103,6 +103,10 @@ class FiniteSource:
             raise refuse(f"flip mirrors images (channels, height, width), the samples have shape {self.shape}; turn it off")
         if self.dequantize and self.data.dtype != torch.uint8:
             raise refuse("dequantize is for uint8 images of 256 levels, these samples are float; turn it off")
+        if self.labels is not None:
+            labels, classes = check_labels(self.labels.numpy(), len(self.data), self.origin, self.classes)
+            object.__setattr__(self, "labels", labels)
+            object.__setattr__(self, "classes", classes)
 
     @property
     def shape(self) -> tuple[int, ...]:

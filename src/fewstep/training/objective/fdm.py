@@ -51,10 +51,10 @@ class FlowAndDivergence:
     0.33 and 0.11 in the regression: the larger d, the smaller `weight` must be. The paper and its public 2-D code do not
     divide by d: their lambda is this one over d. The term carries the weight that `base` puts on the velocity error.
 
-    Cost (benchmarks/fdm_cost.py, CPU, one thread): on U-Nets with and without attention the default, the vector form on 1/16
-    of the batch, takes about 1.2 times the time and 1.2 times the memory of the regression alone; on the whole batch 2.6 to
-    3.2 times and 3.1 to 3.7 times. Networks so small that weights outweigh activations pay more for a small share: there,
-    use a larger one with `every`.
+    Cost (benchmarks/fdm_cost.py, CPU, one thread of a machine in use): on U-Nets with and without attention the default, the
+    vector form on 1/16 of the batch, takes 1.17 to 1.30 times the time (two runs) and 1.17 to 1.19 times the memory of the
+    regression alone; on the whole batch 2.6 to 3.1 times and 3.1 to 3.7 times. Networks so small that weights outweigh
+    activations pay more for a small share (a 4 x 512 MLP 1.28 and 1.47): share 1/4 at every 4th step takes it 1.08 times.
 
     The theory needs source noise that is normal and independent of the data: not for optimal transport or teacher pairs.
 
