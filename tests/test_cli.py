@@ -260,7 +260,7 @@ def test_an_unknown_key_in_a_settings_file_suggests_the_right_one(tmp_path, caps
     file.write_text("nef = [4]\n")
     assert 'did you mean "nfe"' in refuse("tune", RING, "--config", str(file), capsys=capsys)
     file.write_text("nfe = [4\n")
-    assert "neither TOML nor JSON" in refuse("tune", RING, "--config", str(file), capsys=capsys)
+    assert "neither TOML, YAML nor JSON" in refuse("tune", RING, "--config", str(file), capsys=capsys)
     assert "cannot read" in refuse("tune", RING, "--config", str(tmp_path / "none.toml"), capsys=capsys)
     listed = tmp_path / "settings.json"
     listed.write_text("[1]")

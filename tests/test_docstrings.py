@@ -34,6 +34,7 @@ def examples():
 EXAMPLES = {test.name: test for test in examples()}
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_the_example_runs(name):
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)

@@ -3,6 +3,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -100,7 +101,9 @@ def test_half_precision_images_that_carry_a_graph_are_drawn():
 
 def test_samples_and_labels_are_read_back_as_they_were(tmp_path):
     samples, labels = randn(6, 5), torch.arange(6)
-    assert save_samples(samples, tmp_path / "new" / "folder", labels) == [tmp_path / "new" / "folder" / "samples.safetensors"]
+    assert save_samples(samples, tmp_path / "new" / "folder", labels) == [
+        tmp_path / "new" / "folder" / name for name in ("samples.safetensors", "samples.png")
+    ]
     kept = load_file(tmp_path / "new" / "folder" / "samples.safetensors")
     assert set(kept) == {"samples", "labels"}
     assert torch.equal(kept["samples"], samples)
@@ -127,10 +130,11 @@ def test_images_are_drawn_as_their_contact_sheet(channels, tmp_path):
     assert torch.equal(torch.from_numpy((drawn * 255).round()).to(torch.uint8), contact_sheet(images))
 
 
-@pytest.mark.parametrize("shape", [(4, 2), (4, 2, 8, 8), (4, 8, 8)])
-def test_what_is_no_image_is_not_drawn(shape, tmp_path):
+@pytest.mark.parametrize("shape", [(4, 1), (4, 2), (4, 2, 8, 8), (4, 3, 60)])
+def test_what_is_no_image_is_drawn_as_points_or_curves(shape, tmp_path):
     save_samples(randn(*shape), tmp_path)
-    assert not (tmp_path / "samples.png").exists()
+    drawn = matplotlib.image.imread(tmp_path / "samples.png")[..., :3]
+    assert len(np.unique(drawn.reshape(-1, 3), axis=0)) > 20
 
 
 def test_a_folder_that_cannot_be_made_is_refused_in_one_line(tmp_path):
@@ -316,7 +320,7 @@ def test_settings_survive_their_toml_file(tmp_path_factory, settings):
     config = TuneConfig(**settings)
     file = tmp_path_factory.mktemp("settings") / "settings.toml"
     file.write_bytes(to_toml(config).encode())
-    data = settings_in(file)
+    data = settings_in(file, TuneConfig)
     assert data.keys() == {f.name for f in fields(TuneConfig)}
     again = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     assert TuneConfig(**{**again, "out": Path(again["out"])}) == config
@@ -365,7 +369,7 @@ def test_flags_hold_one_word_for_each_setting():
 def test_settings_may_be_json(tmp_path):
     file = tmp_path / "settings.json"
     file.write_text('{"nfe": [3], "effort": "search"}')
-    assert settings_in(file) == {"nfe": [3], "effort": "search"}
+    assert settings_in(file, TuneConfig) == {"nfe": [3], "effort": "search"}
 
 
 @pytest.mark.parametrize(
@@ -373,8 +377,8 @@ def test_settings_may_be_json(tmp_path):
     [
         ("a.toml", "nef = [4]", 'unknown key "nef" in .*; did you mean "nfe"'),
         ("a.toml", "zzz = 1", 'unknown key "zzz" in .*; known keys: nfe, effort'),
-        ("a.toml", "nfe = [4", "is neither TOML nor JSON"),
-        ("a.json", "{", "is neither TOML nor JSON"),
+        ("a.toml", "nfe = [4", "is neither TOML, YAML nor JSON"),
+        ("a.json", "{", "is neither TOML, YAML nor JSON"),
         ("a.json", "[1]", "must hold settings by name, such as nfe"),
     ],
 )
@@ -382,16 +386,16 @@ def test_a_file_that_is_not_settings_is_refused(name, text, message, tmp_path):
     file = tmp_path / name
     file.write_text(text)
     with pytest.raises(ValueError, match=message):
-        settings_in(file)
+        settings_in(file, TuneConfig)
 
 
 def test_a_file_that_is_not_text_or_not_there_is_refused(tmp_path):
     file = tmp_path / "a.toml"
     with pytest.raises(ValueError, match=r"cannot read .*a\.toml: No such file"):
-        settings_in(file)
+        settings_in(file, TuneConfig)
     file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="is neither TOML nor JSON"):
-        settings_in(file)
+    with pytest.raises(ValueError, match="is neither TOML, YAML nor JSON"):
+        settings_in(file, TuneConfig)
 
 
 def test_conditions_are_every_label_with_every_guidance():

@@ -106,12 +106,19 @@ def reference(field: Field, noise: State, *, tol: float = 1e-4, most_steps: int 
         knots = _knots(steps, *inside)
         return Reference(coordinates, knots, *_rk4(rate, knots, z0), error=float("inf"), nfe=counted.calls)
 
-    steps, before, change = 4, solve(4), float("inf")
-    error = change
+    steps, change = 4, float("inf")
+    error, before, failure = change, None, None
+    try:
+        before = solve(steps)
+    except FieldError as caught:
+        failure = caught  # steps this long may blow up where shorter ones do not
     while steps < most_steps:
         steps *= 2
-        now, last_change = solve(steps), change
-        change = _change(before, now)
+        try:
+            now, last_change = solve(steps), change
+        except FieldError as caught:
+            raise failure or caught from None
+        change = float("inf") if before is None else _change(before, now)
         # The order that the solve really has, between 1 and 4: 4 only where the field is smooth on the scale of a step.
         error = change / (min(max(last_change / max(change, 1e-300), 2.0), 16.0) - 1.0)
         if steps > 8 and error <= tol:

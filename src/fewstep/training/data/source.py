@@ -166,7 +166,7 @@ def epoch_rows(size: int, seed: int, first: int, stop: int) -> Tensor:
     """Rows of the run's samples `first` to `stop`, where each epoch is a permutation of `size` rows of its own.
 
     Example:
-        >>> bool((epoch_rows(4, 0, 0, 8) == torch.cat([epoch_rows(4, 0, 0, 3), epoch_rows(4, 0, 3, 8)])).all())
+        >>> torch.equal(epoch_rows(4, 0, 0, 8), torch.cat([epoch_rows(4, 0, 0, 3), epoch_rows(4, 0, 3, 8)]))
         True
     """
     parts = []
