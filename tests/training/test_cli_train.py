@@ -112,6 +112,23 @@ def test_images_that_cannot_be_read_are_left_out_when_asked(tmp_path, capsys):
     assert "1 of 9" in read_config(tmp_path / "run").training.data  # type: ignore[union-attr]
 
 
+def test_images_of_different_sizes_are_scaled_when_asked(tmp_path, capsys):
+    from PIL import Image
+
+    for k in range(8):
+        Image.fromarray(np.full((4 + k, 6, 3), 30 * k, dtype=np.uint8)).save(tmp_path / f"{k}.png")
+    words = ["train", "--data", str(tmp_path), "--steps", "2", *SMALL, "--out", str(tmp_path / "run")]
+    assert "size" in refuse(*words, capsys=capsys)
+    run(*words, "--size", "4")
+    assert load(tmp_path / "run").shape == (3, 4, 4)
+
+
+def test_a_recipe_with_another_network_lets_go_of_the_options_of_its_own(tmp_path):
+    words = ["--recipe", "digits", "--network", "unet2d", "--channels", "8,16", "--layers", "1", "--steps", "2", "--batch", "8"]
+    run("train", *words, "--out", str(tmp_path))
+    assert read_config(tmp_path).network["channels"] == [8, 16]
+
+
 def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     run("train", "--recipe", "digits", "--steps", "2", *SMALL, "--out", str(tmp_path))

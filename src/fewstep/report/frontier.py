@@ -261,7 +261,7 @@ def _label_beside(figure: Figure, axes: Axes, lines: Sequence[Series], metric: s
         )  # fmt: skip
         text = {"transform": axes.transAxes, "clip_on": False, "parse_math": False}
         axes.text(1.045, height + 0.005, line.title, color=line.colour, weight="bold", size=8.5, va="bottom", **text)
-        axes.text(1.045, height - 0.005, _words(line, metric, 24), color=MUTED, size=7, va="top", **text)
+        axes.text(1.045, height - 0.005, _words(line, metric, 20), color=MUTED, size=7, va="top", **text)
 
 
 def _label_below(figure: Figure, axes: Axes, lines: Sequence[Series], metric: str) -> None:

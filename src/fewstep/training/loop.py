@@ -241,7 +241,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 def _begin(
     recipe: Recipe, out: Path, data: Source | None, network: nn.Module | None, resume: bool, keeping: Keeping, progress: bool,
-    skip_unreadable: bool,
+    skip_unreadable: bool = False,
 ) -> Session:  # fmt: skip
     recipe.check()
     keeping.check()
