@@ -29,7 +29,8 @@ from .state import Run, checkpoints, newest
 from .watch import interrupted, shown
 
 LOOK = 25
-"""Steps between two looks at the losses where a look makes the host wait for the device or for other processes."""
+"""Steps between two looks at the losses where a look makes the host wait for the device; a launcher that forwards a signal waits
+half a minute before it kills."""
 
 
 def train(
@@ -134,7 +135,7 @@ class Session:
     def __post_init__(self) -> None:
         self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
         self.several = self.accelerator.num_processes > 1
-        self.look = 1 if self.device.type == "cpu" and not self.several else LOOK
+        self.look = LOOK if self.device.type != "cpu" else 5 if self.several else 1
         self.model = self.parts.model(self.network)
         self.weights = [p for p in self.run.network.parameters() if p.requires_grad]
 
