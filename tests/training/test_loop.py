@@ -429,8 +429,10 @@ def test_impossible_housekeeping_is_refused(tmp_path, settings, message):
 
 
 def test_settings_that_would_do_nothing_are_refused(tmp_path):
-    with pytest.raises(FewstepError, match="the recipe's hold_out would do nothing to the data that are given"):
-        train(TINY, tmp_path, data=open_source("digits"))
+    with pytest.raises(FewstepError, match="the recipe says hold_out = 6, of the data that are given it is 0"):
+        train(TINY, tmp_path, data=open_source("digits", hold_out=0))
+    with pytest.raises(FewstepError, match="the recipe's size would do nothing"):
+        train(replace(TINY, size=4), tmp_path, data=open_source("digits"))
     with pytest.raises(FewstepError, match='tracker "comet_ml" is not installed: pip install comet_ml'):
         train(TINY, tmp_path, keeping=Keeping(tracker="comet_ml"))
 

@@ -29,8 +29,8 @@ from .state import Run, checkpoints, newest
 from .watch import interrupted, shown
 
 LOOK = 25
-"""Steps between two looks at the losses where a look makes the host wait for the device; a launcher that forwards a signal waits
-half a minute before it kills."""
+"""Steps between two looks at the losses where a look makes the host wait for the device. A launcher that forwards a signal
+waits half a minute before it kills."""
 
 
 def train(
@@ -52,7 +52,7 @@ def train(
         recipe: what decides the weights, such as ``RECIPES["digits"]`` or ``replace(RECIPES["digits"], lr=3e-4)``.
         out: folder for checkpoints while training, and for the model, which `fewstep.load` and ``fewstep tune`` take.
         data: instead of the recipe's own data: anything like what `open_source` returns, such as a `FiniteSource`. What the
-            recipe says of its own data (hold_out, flip, dequantize, size, classes) must then be left out.
+            recipe says of its data (hold_out, flip, dequantize, classes) must be true of them.
         network: instead of the recipe's own network: any module called ``network(x, t)``, or ``network(x, t, label)`` for data
             with labels, where label == classes stands for none. Such a model is returned; of it only the weights are saved.
         resume: continue the unfinished run in `out`.
@@ -142,7 +142,10 @@ class Session:
     def advance(self) -> None:
         """One optimiser step."""
         wall, cpu, run, recipe = time.perf_counter(), time.process_time(), self.run, self.parts.recipe
-        torch.manual_seed(generator(recipe.seed, "dropout", run.step, self.shares[0][0]).initial_seed())  # of all devices
+        seed = generator(recipe.seed, "dropout", run.step, self.shares[0][0]).initial_seed()
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes a millisecond
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, run.step)
         total = torch.zeros((), device=self.device)
@@ -252,9 +255,8 @@ def _begin(
         raise FewstepError(f"{out} holds a finished model; choose another --out")
     accelerator = _accelerator(recipe, keeping, out)
     shares = shares_of(recipe, accelerator.process_index, accelerator.num_processes)
-    idle = [k for k in ("hold_out", "flip", "dequantize", "size", "classes") if getattr(recipe, k)] if data is not None else []
-    if idle:
-        raise FewstepError(f"the recipe's {', '.join(idle)} would do nothing to the data that are given; set them there")
+    if data is not None:
+        _same_as_given(recipe, data)
     found = data if data is not None else data_of(recipe, skip_unreadable=skip_unreadable)
     parts = assemble(recipe, found, open_source(recipe.source) if recipe.source else None)
     made = network if network is not None else fresh_network(recipe, parts.data)
@@ -285,6 +287,16 @@ def _accelerator(recipe: Recipe, keeping: Keeping, out: Path) -> Accelerator:
     if keeping.tracker and not accelerator.log_with:
         raise FewstepError(f'tracker "{keeping.tracker}" is not installed: pip install {keeping.tracker}, or leave it out')
     return accelerator
+
+
+def _same_as_given(recipe: Recipe, data: Source) -> None:
+    """What a recipe says of its data must be true of data that are given, or the card would lie."""
+    for name in ("hold_out", "flip", "dequantize", "classes"):
+        said, is_ = getattr(recipe, name), getattr(data, name, None)
+        if said and said != is_:
+            raise FewstepError(f"the recipe says {name} = {said}, of the data that are given it is {is_}; set it there as well")
+    if recipe.size is not None:
+        raise FewstepError("the recipe's size would do nothing to the data that are given; scale them before")
 
 
 def data_of(recipe: Recipe, *, skip_unreadable: bool = False) -> Source:

@@ -66,6 +66,7 @@ class Run:
         # Listed once: to walk the modules at every step costs several times the blending.
         self._means: list[Tensor] = list(self.ema.parameters())
         self._weights: list[Tensor] = list(self.network.parameters())
+        self._buffers = list(zip(self.ema.buffers(), self.network.buffers(), strict=True))
 
     @torch.no_grad()
     def blend(self) -> None:
@@ -73,7 +74,7 @@ class Run:
         # Over the first steps its memory is shorter: else the random first weights stay visible for thousands of steps.
         decay = min(self.decay, self.step / (self.step + 10))
         get_ema_multi_avg_fn(decay)(self._means, self._weights, self.step)
-        for mean, value in zip(self.ema.buffers(), self.network.buffers(), strict=True):
+        for mean, value in self._buffers:
             mean.copy_(value)
 
     def finite(self) -> bool:

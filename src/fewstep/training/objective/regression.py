@@ -79,7 +79,8 @@ class Regression:
         if self.huber is not None:
             # sqrt(e^2 + c^2) - c without the cancellation at small e
             squared = squared / ((squared + self.huber**2).sqrt() + self.huber)
-        return self.weights(model, pair.t).to(squared) * squared.mean(1)
+        each = squared.mean(1)
+        return each if self.weight == "uniform" else self.weights(model, pair.t).to(each) * each
 
     def space(self, model: Model) -> Target:
         """The target, or what stands in for None; a score network is compared in noise, where nothing is infinite."""
