@@ -53,8 +53,8 @@ class FlowAndDivergence:
 
     Cost (benchmarks/fdm_cost.py, CPU, one thread of a machine in use): on U-Nets with and without attention the default, the
     vector form on 1/16 of the batch, takes 1.17 to 1.30 times the time (two runs) and 1.17 to 1.19 times the memory of the
-    regression alone; on the whole batch 2.6 to 3.1 times and 3.1 to 3.7 times. Networks so small that weights outweigh
-    activations pay more for a small share (a 4 x 512 MLP 1.17 to 1.28 and 1.46): share 1/4 at every 4th step takes it 1.08 times.
+    regression alone; on the whole batch 2.6 to 3.6 times and 3.1 to 3.7 times. Networks so small that weights outweigh
+    activations pay more for a small share: a 4 x 512 MLP 1.17 to 1.28 and 1.46.
 
     The theory needs source noise that is normal and independent of the data: not for optimal transport or teacher pairs.
 
