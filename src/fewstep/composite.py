@@ -90,7 +90,7 @@ class CountedField:
 
     def predict(self, x: State, t: Time, target: Prediction) -> State:
         """The field's prediction, counted and checked."""
-        return self._count(self.field.predict(x, t, target), x, t)  # type: ignore[attr-defined]
+        return self._count(self.field.predict(x, t, target), x, t)  # type: ignore[attr-defined]  # as `path`
 
     def _count(self, value: Tensor, x: Tensor, t: Time) -> Tensor:
         counter: CountedField | None = self

@@ -22,11 +22,14 @@ from fewstep.keyed import Keyed
 from fewstep.path import CondOT
 from fewstep.training import loop
 from fewstep.training.assemble import assemble
+from fewstep.training.batch import Loss
 from fewstep.training.data import FiniteSource, open_source
 from fewstep.training.finish import CURVE, command
-from fewstep.training.loop import learning_rate, shares_of, train
+from fewstep.training.loop import learning_rate, train
 from fewstep.training.measure import held_out_loss
+from fewstep.training.objective import Regression
 from fewstep.training.recipe import RECIPES, Keeping, Recipe, plain
+from fewstep.training.setup import shares_of
 from fewstep.training.state import Run, checkpoints, stored_recipe
 from fewstep.zoo.checkpoint import CONFIG, WEIGHTS
 from fewstep.zoo.network import ResidualMLP
@@ -208,6 +211,20 @@ def test_a_network_of_the_users_own(tmp_path):
     drawn = fewstep.reference(model.given(), torch.randn(64, 2), tol=1e-2).end
     assert float(drawn.mean()) == pytest.approx(3.0, abs=0.3)
     assert load_file(tmp_path / WEIGHTS).keys() == model.network.state_dict().keys()  # type: ignore[union-attr]
+
+
+def test_an_objective_of_the_users_own(tmp_path):
+    class Halved(Regression):
+        def __call__(self, model, batch):
+            return Loss(0.5 * super().__call__(model, batch).each)
+
+    plain_run, halved = tmp_path / "plain", tmp_path / "halved"
+    train(replace(TINY, steps=1), plain_run, keeping=OFTEN)
+    train(replace(TINY, steps=1), halved, objective=Halved(), keeping=OFTEN)
+    one, half = (json.loads((folder / CURVE).read_text())["loss"] for folder in (plain_run, halved))
+    assert half == pytest.approx(one / 2, rel=1e-6)
+    with pytest.raises(FewstepError, match="divergence would do nothing beside an objective of your own"):
+        train(replace(TINY, divergence=0.1), tmp_path / "both", objective=Halved())
 
 
 def test_the_measured_loss_is_the_one_that_is_trained():
@@ -408,6 +425,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         ({"data": ""}, "data must be given: --data"),
         ({"path": "Line()"}, r"path must be CondOT\(\), .* got \"Line\(\)\""),
         ({"dropout": 1.0}, "network mlp: dropout: Input should be less than 1"),
+        ({"coupling": "ot"}, 'coupling must be one of independent, minibatch_ot, got "ot"'),
         ({"channels": (8,)}, "network mlp: channels: Extra inputs"),
         ({"divergence": 0.1, "coupling": "minibatch_ot"}, "needs normal noise that is independent"),
         ({"source": "moons"}, r"source and data must have one shape, got \(2,\) and \(1, 8, 8\)"),

@@ -95,7 +95,7 @@ class Parts:
         return self.source.draw(other, self.recipe.batch)[0]
 
 
-def assemble(recipe: Recipe, data: Source, source: Source | None = None) -> Parts:
+def assemble(recipe: Recipe, data: Source, source: Source | None = None, objective: Objective | None = None) -> Parts:
     """The parts of a recipe.
 
     Raises:
@@ -117,12 +117,17 @@ def assemble(recipe: Recipe, data: Source, source: Source | None = None) -> Part
         )  # fmt: skip
 
     base = Regression(target=recipe.target or None, weight=recipe.weight, huber=recipe.huber)
-    objective: Objective = base
+    if objective is None:
+        objective = base
+    elif recipe.divergence:
+        raise FewstepError("the recipe's divergence would do nothing beside an objective of your own; leave it out")
     if recipe.divergence:
         objective = FlowAndDivergence(
             base=base, weight=recipe.divergence, form=recipe.divergence_form, share=recipe.divergence_share,
             every=recipe.divergence_every, probes=recipe.probes,
         )  # fmt: skip
+    if recipe.coupling not in COUPLINGS:
+        raise FewstepError(f'coupling must be one of {", ".join(COUPLINGS)}, got "{recipe.coupling}"')
     coupling = COUPLINGS[recipe.coupling]()
     if recipe.divergence and (coupling.whole or source is not None):
         raise FewstepError("divergence matching needs normal noise that is independent of the data; use coupling = independent")

@@ -6,14 +6,12 @@ an undisturbed one, bit for bit, and several processes see the batches that one 
 
 import math
 import time
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from .._types import FewstepError
@@ -21,10 +19,12 @@ from ..field import Model
 from ..keyed import generator
 from ..zoo.checkpoint import CONFIG, WEIGHTS
 from .assemble import Parts, assemble, fresh_network, optimizer_for
+from .batch import Objective
 from .data import Source, open_source
 from .finish import finish, write_curve
 from .measure import held_out_loss, write_preview
 from .recipe import Keeping, Recipe, plain
+from .setup import accelerator_for, data_of, same_as_given, shares_of
 from .state import Run, checkpoints, newest
 from .watch import interrupted, shown
 
@@ -39,6 +39,7 @@ def train(
     *,
     data: Source | None = None,
     network: nn.Module | None = None,
+    objective: Objective | None = None,
     resume: bool = False,
     keeping: Keeping = Keeping(),  # noqa: B008  # frozen
     progress: bool = False,
@@ -55,6 +56,8 @@ def train(
             recipe says of its data (hold_out, flip, dequantize, classes) must be true of them.
         network: instead of the recipe's own network: any module called ``network(x, t)``, or ``network(x, t, label)`` for data
             with labels, where label == classes stands for none. Such a model is returned; of it only the weights are saved.
+        objective: instead of the recipe's: anything that takes (model, batch), see `fewstep.training.batch.Objective`. The loss
+            on samples kept aside stays the recipe's regression.
         resume: continue the unfinished run in `out`.
         keeping: checkpoints, previews, trackers and a limit of time.
         progress: show rate, losses and time left on stderr.
@@ -76,7 +79,7 @@ def train(
         >>> model.shape
         (2,)
     """
-    session = _begin(recipe, Path(out), data, network, resume, keeping, progress, skip_unreadable)
+    session = _begin(recipe, Path(out), data, network, resume, keeping, progress, skip_unreadable, objective)
     run, steps = session.run, recipe.steps
     show_it = progress and session.main
     with (
@@ -245,7 +248,7 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 def _begin(
     recipe: Recipe, out: Path, data: Source | None, network: nn.Module | None, resume: bool, keeping: Keeping, progress: bool,
-    skip_unreadable: bool = False,
+    skip_unreadable: bool = False, objective: Objective | None = None,
 ) -> Session:  # fmt: skip
     recipe.check()
     keeping.check()
@@ -253,12 +256,12 @@ def _begin(
         raise FewstepError(f"{out} holds an unfinished run; continue it with --resume, or choose another --out")
     if not checkpoints(out) and ((out / CONFIG).exists() or (out / WEIGHTS).exists()):
         raise FewstepError(f"{out} holds a finished model; choose another --out")
-    accelerator = _accelerator(recipe, keeping, out)
+    accelerator = accelerator_for(recipe, keeping, out)
     shares = shares_of(recipe, accelerator.process_index, accelerator.num_processes)
     if data is not None:
-        _same_as_given(recipe, data)
+        same_as_given(recipe, data)
     found = data if data is not None else data_of(recipe, skip_unreadable=skip_unreadable)
-    parts = assemble(recipe, found, open_source(recipe.source) if recipe.source else None)
+    parts = assemble(recipe, found, open_source(recipe.source) if recipe.source else None, objective)
     made = network if network is not None else fresh_network(recipe, parts.data)
     made.to(accelerator.device).train()
     bare = optimizer_for(made, recipe)
@@ -275,56 +278,3 @@ def _begin(
     if keeping.tracker:
         accelerator.init_trackers("fewstep", config={k: str(v) for k, v in plain(recipe).items()})
     return Session(parts, accelerator, run, wrapped, optimizer, shares, out, keeping, network is None)
-
-
-def _accelerator(recipe: Recipe, keeping: Keeping, out: Path) -> Accelerator:
-    AcceleratorState._reset_state(reset_partial_state=False)  # else a second run in this process could not change precision
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of absent trackers, which are an error here
-        accelerator = Accelerator(
-            mixed_precision=recipe.precision, cpu=not torch.cuda.is_available(), log_with=keeping.tracker, project_dir=str(out)
-        )
-    if keeping.tracker and not accelerator.log_with:
-        raise FewstepError(f'tracker "{keeping.tracker}" is not installed: pip install {keeping.tracker}, or leave it out')
-    return accelerator
-
-
-def _same_as_given(recipe: Recipe, data: Source) -> None:
-    """What a recipe says of its data must be true of data that are given, or the card would lie."""
-    for name in ("hold_out", "flip", "dequantize", "classes"):
-        said, is_ = getattr(recipe, name), getattr(data, name, None)
-        if said and said != is_:
-            raise FewstepError(f"the recipe says {name} = {said}, of the data that are given it is {is_}; set it there as well")
-    if recipe.size is not None:
-        raise FewstepError("the recipe's size would do nothing to the data that are given; scale them before")
-
-
-def data_of(recipe: Recipe, *, skip_unreadable: bool = False) -> Source:
-    """The recipe's data.
-
-    Raises:
-        FewstepError: see `open_source`.
-    """
-    return open_source(
-        recipe.data, hold_out=recipe.hold_out, flip=recipe.flip, dequantize=recipe.dequantize, size=recipe.size,
-        classes=recipe.classes, skip_unreadable=skip_unreadable,
-    )  # fmt: skip
-
-
-def shares_of(recipe: Recipe, process: int, processes: int) -> list[tuple[int, int]]:
-    """(start, stop) of the pieces of a batch that one process computes.
-
-    Raises:
-        FewstepError: the batch does not divide.
-    """
-    pieces = processes * recipe.accumulate
-    if recipe.batch % pieces:
-        raise FewstepError(
-            f"a batch of {recipe.batch} does not divide among {processes} processes with {recipe.accumulate} pieces each; "
-            f"choose a multiple of {pieces}"
-        )
-    each = recipe.batch // pieces
-    return [
-        ((process * recipe.accumulate + k) * each, (process * recipe.accumulate + k + 1) * each)
-        for k in range(recipe.accumulate)
-    ]

@@ -43,8 +43,8 @@ class Recipe:
     """edm: the preconditioning of Karras et al. around the network (predicts data)."""
     sigma_data: float = 0.5
     """Standard deviation of the data, for raw = edm."""
-    coupling: Literal["independent", "minibatch_ot"] = "independent"
-    """How noise and data are paired."""
+    coupling: str = "independent"
+    """How noise and data are paired: independent, minibatch_ot, or another file of training/coupling."""
     time: Literal["uniform", "logit_normal", "log_snr", "normal_log_snr"] = "uniform"
     """Law of the training times."""
     time_mean: float = 0.0
