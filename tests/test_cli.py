@@ -236,7 +236,7 @@ def test_settings_come_from_a_file_and_flags_win(tmp_path, capsys):
         (["tune", RING, "--nfe", "0"], "at least 1 call, got"),
         (["tune", RING, "--condition", "colour=red"], "a condition is written label=3"),
         (["tune", f"{__name__}:nan_model"], "NaN at call 1 "),
-        (["tune", f"{__name__}:wide_model"], r"must return shape (256, 2), got (256, 4)"),
+        (["tune", f"{__name__}:wide_model"], r"must return shape (512, 2), got (512, 4)"),
         (["tune", f"{__name__}:failing_model"], "no weights here"),
         (["tune", "digits", "--condition", "label=12"], "label must lie in 0..9"),
         (["tune", RING, "--guidance", "2"], "guidance needs a condition"),

@@ -6,7 +6,7 @@ import torch
 
 from fewstep import CountedField, JointField, Sampler, adapt, tune
 from fewstep._errors import BudgetError, FieldError
-from fewstep.ladder import draw
+from fewstep.ladder import TEST, draw, enough
 from fewstep.trajectory import reference
 from fewstep.zoo.mixtures import mixture, ring
 
@@ -38,7 +38,7 @@ def test_the_tuned_samplers_beat_every_stock_scheduler_on_noise_nobody_has_seen(
 
 
 def test_the_reported_error_is_what_an_independent_measurement_finds(result):
-    field, noise = ring().given(), draw((64, 2), 3, 2)  # the test set of seed 3
+    field, noise = ring().given(), draw((enough(TEST, 2), 2), 3, 2)  # the test set of seed 3
     end = reference(field, noise, tol=1e-6).end
     for n in result:
         assert result[n].provenance.measured["rmse"] == pytest.approx(rmse(result[n](field, noise), end), rel=0.02)
@@ -148,7 +148,7 @@ def test_a_network_that_predicts_noise_gets_a_table_over_its_own_output_and_cloc
     assert torch.allclose(sampler.clock, path.timestep(sampler.times))
     line = tuned.report.facts["summary"][0]
     assert line["ratio"] < 0.8, line
-    field, noise = model.given(), draw((64, 2), 0, 2)
+    field, noise = model.given(), draw((enough(TEST, 2), 2), 0, 2)
     error = rmse(sampler(field, noise), reference(field, noise, tol=1e-5).end)
     assert error == pytest.approx(line["tuned_rmse"], rel=0.15)  # two references, each within a tenth
 
@@ -223,7 +223,7 @@ def test_a_bare_field_needs_only_a_shape():
     [
         ({"nfe": 0}, BudgetError, "at least 1 call, got"),
         ({"nfe": ()}, BudgetError, "at least 1 call, got none"),
-        ({"effort": "learn"}, ValueError, 'effort is "search" or "fit", got "learn"'),
+        ({"effort": "guess"}, ValueError, 'effort is "search", "fit" or "learn", got "guess"'),
         ({"metric": "fid"}, ValueError, 'metric is "rmse" or "worst", got "fid"'),
         ({"conditions": [{"labl": 3}]}, ValueError, r"arguments of Model.given.*got \['labl'\]"),
         ({"noise": torch.zeros(3, 2), "conditions": [{}, {}]}, FieldError, "must divide among them, got a batch of 3"),

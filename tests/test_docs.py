@@ -78,6 +78,13 @@ def test_the_page_on_training_runs_as_it_stands(tmp_path, monkeypatch, capsys):
     assert "[" in capsys.readouterr().out
 
 
+def test_the_page_on_metrics_runs_as_it_stands(tmp_path, monkeypatch, capsys):
+    report = run_page("docs/metrics.md", tmp_path, monkeypatch)["report"]
+    floor, few, many = (row.metrics["FD (pixels, 200)"].value for row in report.rows)
+    assert floor < many < few
+    assert "FD (pixels, 200) | KID (pixels, 200) | precision (pixels, 200)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["model", "flow", "unet", "denoiser", "edm"])
 def test_the_models_of_the_page_on_use_can_be_asked(name, tmp_path, monkeypatch):
     _, first = next(code_blocks("docs/using.md"))

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
     from .diffusers import TableScheduler as TableScheduler
     from .diffusers import adapt_like as adapt_like
     from .diffusers import from_diffusers as from_diffusers
+    from .evaluation import Extractor as Extractor
     from .evaluation import Report as Report
     from .evaluation import bits_per_dim as bits_per_dim
     from .evaluation import compare as compare
+    from .evaluation import compare_images as compare_images
+    from .evaluation import features_of as features_of
+    from .evaluation import generate as generate
+    from .evaluation import image_metrics as image_metrics
     from .evaluation import log_density as log_density
     from .evaluation import sample_with_log_density as sample_with_log_density
     from .field import Model as Model
@@ -47,8 +52,11 @@ if TYPE_CHECKING:
     from .trajectory import dopri5 as dopri5
     from .trajectory import record as record
     from .trajectory import reference as reference
+    from .tuners import Bespoke as Bespoke
     from .tuners import Boss as Boss
+    from .tuners import LearnedKnots as LearnedKnots
     from .tuners import LeastSquares as LeastSquares
+    from .tuners import NonStationary as NonStationary
     from .zoo import load as load
 
 _HOMES = {
@@ -57,7 +65,18 @@ _HOMES = {
     "calling": ("flow_timestep",),
     "composite": ("CountedField", "JointField"),
     "diffusers": ("TableScheduler", "adapt_like", "from_diffusers"),
-    "evaluation": ("Report", "bits_per_dim", "compare", "log_density", "sample_with_log_density"),
+    "evaluation": (
+        "Extractor",
+        "Report",
+        "bits_per_dim",
+        "compare",
+        "compare_images",
+        "features_of",
+        "generate",
+        "image_metrics",
+        "log_density",
+        "sample_with_log_density",
+    ),
     "field": ("Model", "adapt"),
     "grid": ("TimeGrid",),
     "path": ("EDM", "VE", "VP", "AffinePath", "CondOT", "Cosine", "DiscreteVP"),
@@ -65,7 +84,7 @@ _HOMES = {
     "sampler": ("Provenance", "Sampler"),
     "_tabulate": ("tabulate",),
     "trajectory": ("Reference", "Trajectory", "dopri5", "record", "reference"),
-    "tuners": ("Boss", "LeastSquares"),
+    "tuners": ("Bespoke", "Boss", "LearnedKnots", "LeastSquares", "NonStationary"),
     "zoo": ("load",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

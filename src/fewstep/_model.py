@@ -193,7 +193,7 @@ class ModelField:
         outer_p, outer_q = model.path.mix(t, model.predicts, target)
         return per_sample(outer_p * p, value) * value + per_sample(outer_p * q + outer_q, x) * x
 
-    def take(self, index: slice) -> "ModelField":
+    def take(self, index: slice | Tensor) -> "ModelField":
         """The field for some of the samples: conditions given per sample are cut likewise."""
         cut = {k: v[index] if isinstance(v, Tensor) and v.ndim and v.shape[0] > 1 else v for k, v in self.condition.items()}
         null = self.null and {

@@ -29,8 +29,8 @@ class Candidate:
     sampler: Sampler
 
 
-def grids(n: int, path: AffinePath, boss: TimeGrid | None = None) -> dict[str, TimeGrid]:
-    """Grid families of n steps."""
+def grids(n: int, path: AffinePath, boss: TimeGrid | None = None, gits: TimeGrid | None = None) -> dict[str, TimeGrid]:
+    """Grid families of n steps, with those of the dynamic programs where they are known."""
     found = {
         "uniform": TimeGrid.uniform(n),
         "quadratic": TimeGrid.quadratic(n),
@@ -43,7 +43,7 @@ def grids(n: int, path: AffinePath, boss: TimeGrid | None = None) -> dict[str, T
         "karras": TimeGrid.karras(n, path),
         "angle": angle_grid(Coordinates(path), n),
     }
-    return found if boss is None else {**found, "boss": boss}
+    return found | {name: grid for name, grid in (("boss", boss), ("gits", gits)) if grid is not None}
 
 
 def angle_grid(coordinates: Coordinates, n: int) -> TimeGrid:

@@ -25,7 +25,7 @@ def demo(*, out: Path = Path("fewstep-demo"), seed: int = 0, json: bool = False)
         seed: seed of all noise.
         json: print the report as JSON.
     """
-    tune("digits", settings=TuneConfig(out=out, seed=seed), json=json)
+    tune("digits", settings=TuneConfig(out=out, seed=seed, effort="learn"), json=json)
 
 
 def tune(

@@ -1,5 +1,6 @@
-"""`tune`: from training-free search over BOSS to the closed-form fit, judged on noise that nothing was fitted on."""
+"""`tune`: from training-free search over BOSS and the closed-form fit to learnt tables, judged on noise that nothing saw."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ._types import BudgetError, Field, FieldError
 from .composite import JointField
 from .field import Model, ModelField
 from .journal import Journal, identity
-from .ladder import Climb, Effort, draw
+from .ladder import NOISES, TEST, Climb, Effort, Ground, draw, enough
 from .problem import Score
 from .progress import Stages
 from .result import TuneResult
@@ -37,10 +38,12 @@ def tune(
     Args:
         model_or_field: a `Model` from `adapt`, or any ``field(x, t) -> velocity``.
         nfe: budget of field calls, or several.
-        effort: "search" compares training-free methods, grids and stock schedulers; "fit" adds BOSS's grid to them and the
-            closed-form fit with its grid search (no back-propagation).
-        noise: fitting noise (batch, *shape), its shape, or the number of noises per condition (default 256) if the
-            model's shape is known. Selection and test noise of the same size are drawn.
+        effort: "search" compares training-free methods, BOSS's grid and others, and stock schedulers; "fit" adds the
+            closed-form fit of every row with a search of its grid; "learn" adds Gauss-Newton steps on all times and
+            coefficients of the best fit. None of them back-propagates through the network.
+        noise: fitting noise (batch, *shape), its shape, or the number of noises per condition (default: 16, for "learn" 32,
+            and more where samples are small) if the model's shape is known. Selection noise of the same size is drawn,
+            and test noise, at least 64 where `model_or_field` is a model.
         conditions: arguments of `Model.given`, one mapping per condition; one table is tuned for all of them. Default: no
             condition, or for a class-conditional model all classes in turn.
         metric: "rmse" over all samples, or "worst": of the worst condition.
@@ -63,21 +66,25 @@ def tune(
     budgets = sorted({nfe} if isinstance(nfe, int) else set(nfe))
     if not budgets or budgets[0] < 1:
         raise BudgetError(f"a budget is at least 1 call, got {budgets or 'none'}")
-    if effort not in ("search", "fit"):
-        raise ValueError(f'effort is "search" or "fit", got "{effort}"')
+    if effort not in NOISES:
+        raise ValueError(f'effort is "search", "fit" or "learn", got "{effort}"')
     if metric not in ("rmse", "worst"):
         raise ValueError(f'metric is "rmse" or "worst", got "{metric}"')
-    field, fitting = _field_and_noise(model_or_field, noise, conditions, seed)
-    key = identity(field, fitting, __version__, torch.__version__, seed, metric, effort)
+    ground = _ground(model_or_field, noise, conditions, effort, seed)
+    key = identity(ground.field, ground.fitting, __version__, torch.__version__, seed, metric, effort, len(ground.test))
     with Stages(progress) as stages:
         journal = Journal(None if resume is None else Path(resume), key)
-        return Climb(field, fitting, effort, metric, seed, journal, stages).run(budgets)
+        return Climb(ground, effort, metric, seed, journal, stages).run(budgets)
 
 
-def _field_and_noise(
-    source: Model | Field, noise: Tensor | Sequence[int] | int | None, conditions: Sequence[Mapping[str, Any]] | None, seed: int
-) -> tuple[Field, Tensor]:
-    """The field on all conditions and the fitting noise for it."""
+def _ground(
+    source: Model | Field,
+    noise: Tensor | Sequence[int] | int | None,
+    conditions: Sequence[Mapping[str, Any]] | None,
+    effort: Effort,
+    seed: int,
+) -> Ground:
+    """The field on all conditions with its noise; test noise is at least `TEST`, where fields can be made for it."""
     if not isinstance(source, Model):
         if conditions is not None:
             raise ValueError("conditions belong to a Model; a field already has its condition inside")
@@ -90,21 +97,28 @@ def _field_and_noise(
         if fitting.shape[0] % count:
             raise FieldError(f"noise for {count} conditions must divide among them, got a batch of {fitting.shape[0]}")
     else:
-        if isinstance(noise, Sequence):
-            shape = tuple(noise)
-        else:
-            if model is None or model.shape is None:
-                raise FieldError(
-                    "the shape of a sample is not known: pass noise=(batch, *shape) or a tensor, or adapt(..., shape=...)"
-                )
-            shape = ((256 if noise is None else noise) * count, *model.shape)
+        shape = tuple(noise) if isinstance(noise, Sequence) else _shape(model, noise, count, effort)
         device = model.device_dtype()[0] if model is not None else torch.device("cpu")
         fitting = draw(shape, seed, 0).to(device)
     if not isinstance(source, Model):
-        return source, fitting
+        return Ground(source, fitting, source, draw(fitting.shape, seed, 2).to(fitting))
     each = fitting.shape[0] // count
-    fields = [_given(source, condition, each) for condition in conditions or [{}]]
-    return (fields[0] if len(fields) == 1 else JointField(fields)), fitting
+    more = max(each, -(-enough(TEST, fitting[0].numel()) // count))
+    test = draw((more * count, *fitting.shape[1:]), seed, 2).to(fitting)
+    return Ground(_joint(source, conditions, each), fitting, _joint(source, conditions, more), test)
+
+
+def _shape(model: Model | None, noise: int | None, count: int, effort: Effort) -> tuple[int, ...]:
+    """Of the fitting noise: as many as asked for each of `count` conditions, or what the effort needs."""
+    if model is None or model.shape is None:
+        raise FieldError("the shape of a sample is not known: pass noise=(batch, *shape) or a tensor, or adapt(..., shape=...)")
+    each = -(-enough(NOISES[effort], math.prod(model.shape)) // min(count, 4)) if noise is None else noise
+    return (each * count, *model.shape)
+
+
+def _joint(model: Model, conditions: Sequence[Mapping[str, Any]] | None, each: int) -> Field:
+    fields = [_given(model, condition, each) for condition in conditions or [{}]]
+    return fields[0] if len(fields) == 1 else JointField(fields)
 
 
 def _given(model: Model, condition: Mapping[str, Any], batch: int) -> ModelField:

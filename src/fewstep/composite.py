@@ -41,7 +41,7 @@ class JointField:
         """The velocities of all conditions."""
         return self.predict(x, t, "velocity")
 
-    def take(self, index: slice) -> "JointField":
+    def take(self, index: slice | Tensor) -> "JointField":
         """The field for some of the samples of every condition."""
         return JointField([f.take(index) for f in self.fields])
 
@@ -128,3 +128,10 @@ def start_scale(f: Any) -> float:
     """Standard deviation of the state at t = 0 for this field."""
     path = path_of(f)
     return 1.0 if path is None else path.start_scale
+
+
+def dtype_of(f: Any) -> torch.dtype:
+    """The precision in which the network behind this field computes; float32 for a bare function."""
+    if isinstance(f, CountedField):
+        return dtype_of(f.field)
+    return f.model.device_dtype()[1] if isinstance(f, ModelField | JointField) else torch.float32

@@ -46,8 +46,8 @@ class TuneConfig:
 
     nfe: Integers = (4, 6, 8, 10)
     """Budgets of network calls."""
-    effort: Literal["search", "fit"] = "fit"
-    """search: training-free; fit: BOSS's grid and the closed-form fit as well."""
+    effort: Literal["search", "fit", "learn"] = "fit"
+    """search: training-free; fit: closed-form fits as well; learn: then Gauss-Newton steps on all times and coefficients."""
     guidance: Numbers = ()
     """Classifier-free guidance scales, e.g. 1,2,4."""
     condition: tuple[str, ...] = ()
@@ -56,8 +56,8 @@ class TuneConfig:
     """Tune one table per condition and guidance value instead of one for all."""
     metric: Literal["rmse", "worst"] = "rmse"
     """Choose by the error over all samples, or of the worst condition."""
-    noise: int = 256
-    """Noises per condition in each of the three sets."""
+    noise: int | None = None
+    """Fitting noises per condition, and as many to choose by; default: what the effort and the size of a sample need."""
     seed: int = 0
     """Seed of all noise."""
     out: Path = Path("fewstep-tune")
@@ -154,4 +154,5 @@ def to_toml(config: TuneConfig) -> str:
         # TOML writes text as JSON does, but for pairs of surrogates and the delete character.
         return json.dumps(plain, ensure_ascii=False).replace("\x7f", "\\u007f")
 
-    return "\n".join(f"{f.name} = {value(getattr(config, f.name))}" for f in fields(config)) + "\n"
+    settings = {f.name: getattr(config, f.name) for f in fields(config)}
+    return "\n".join(f"{name} = {value(v)}" for name, v in settings.items() if v is not None) + "\n"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -88,6 +89,41 @@ class TimeGrid:
         high, low = (torch.exp(-path.log_snr(t)) ** (1 / rho) for t in (path.margin, 1.0 - path.margin))
         levels = high + (low - high) * (_fractions(n - 1) if n > 1 else _fractions(n)[:1])
         return _between_ends(torch.cat([path.time_of_log_snr(-rho * levels.log()), torch.ones(1, dtype=torch.float64)]))
+
+    @staticmethod
+    def ays(n: int, path: AffinePath, name: Literal["sd15", "sdxl", "svd"]) -> "TimeGrid":
+        """Align Your Steps (Sabour et al., 2404.14507): the ten noise levels found for one model, on any path.
+
+        The levels are sigma / alpha, as diffusers ships them (`AysSchedules`), followed by the path's own lowest; another
+        number of steps interpolates their logarithms, as the authors do. The outer knots are 0 and 1 exactly.
+
+        Args:
+            n: number of steps.
+            path: the model's path.
+            name: Stable Diffusion 1.5, Stable Diffusion XL, or Stable Video Diffusion.
+
+        Raises:
+            GridError: an unknown name, or levels beyond the path's.
+        """
+        from diffusers.schedulers.scheduling_utils import AysSchedules
+
+        if name not in _AYS:
+            raise GridError(f'the AYS tables are {", ".join(_AYS)}, got "{name}"')
+        table = -torch.tensor(AysSchedules[_AYS[name]][:-1], dtype=torch.float64).log()
+        log_snr = torch.cat([table, path.log_snr(1.0 - path.margin)[None]])
+        position = _fractions(n) * len(table)
+        left = position.long().clamp(max=len(table) - 1)
+        times = path.time_of_log_snr(torch.lerp(log_snr[left], log_snr[left + 1], position - left))
+        if not bool((torch.cat([times[1:-1], times.new_ones(1)]) > torch.cat([times.new_zeros(1), times[1:-1]])).all()):
+            spans = (float(torch.exp(-value)) for value in (table[0], table[-1], path.log_snr(0.0), log_snr[-1]))
+            raise GridError(
+                "the AYS levels of {}, sigma / alpha from {:g} to {:g}, do not fit into the path's, from {:g} to {:g}; take "
+                "the table of a more similar model, or TimeGrid.log_snr".format(name, *spans)
+            )
+        return _between_ends(times)
+
+
+_AYS = {"sd15": "StableDiffusionSigmas", "sdxl": "StableDiffusionXLSigmas", "svd": "StableDiffusionVideoSigmas"}
 
 
 def _fractions(n: int) -> Tensor:

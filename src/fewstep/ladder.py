@@ -1,7 +1,8 @@
-"""The rungs that `tune` climbs: references, BOSS, search, fit, grid search, final measurement."""
+"""The rungs that `tune` climbs: references, BOSS, search, fit, grid search, Gauss-Newton, final measurement."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,31 +13,60 @@ from ._types import Field
 from .candidates import Candidate, candidates, grids, home
 from .composite import CountedField, path_of
 from .coordinates import Coordinates
-from .evaluation import Report
+from .evaluation import Report, Row
 from .grid import TimeGrid
 from .journal import Journal
 from .problem import Problem, Score
 from .progress import Stage, Stages
 from .result import TuneResult
 from .sampler import Sampler
-from .trajectory import reference
+from .trajectory import Reference, reference
 from .tuners.boss import Boss
 from .tuners.grid_search import plain_table, search_grid
 from .tuners.least_squares import fit
+from .tuners.nonstationary import learn_rows
 from .verdict import BASELINES, adaptive_rows, cost_facts, finished, model_of, rows_of, runner_up, summary
 
-Effort = Literal["search", "fit"]
+Effort = Literal["search", "fit", "learn"]
 
-SCREEN = 16
-"""Noises per condition on which all candidates are screened."""
+NOISES = {"search": (16, 1024), "fit": (16, 1024), "learn": (32, 2048)}
+"""Fitting noises: at least so many, and at least so many numbers in all. Selection takes as many."""
 
-FINALISTS = 8
+TEST = (64, 16384)
+"""Likewise for the measurement, where the noise is drawn here."""
+
+SCREEN = (2, 128)
+"""Likewise for the first look at all candidates."""
+
+FINALISTS = 6
 """Candidates that are then scored on the whole selection set."""
 
-BOSS_NOISES = 128
+FITTED = 4
+"""Grid families whose fit is scored there: those that fit best."""
+
+BOSS_NOISES = (8, 512)
 RIDGES = (1e-8, 1e-5, 1e-3)
-WARPS, KNOTS = 20, 30
-"""Evaluations of the two grid searches, per budget."""
+WARPS = 8
+"""Evaluations of the grid search, per budget."""
+
+ITERATIONS = 4
+"""Of Gauss-Newton, from the best fit."""
+
+ACCURACY = {"fit": 12, "learn": 24}
+"""How much better than the best training-free table the reference that tables are fitted to must be: fits gain 2 to 4 times,
+learning twice as much."""
+
+COARSE = 1e-3
+"""Tolerance of that reference to begin with."""
+
+
+MOST = 1024
+"""Noises that are drawn unless more are asked for."""
+
+
+def enough(least: tuple[int, int], size: int) -> int:
+    """Noises of `size` numbers: (noises, numbers in all) at least, but not above `MOST`."""
+    return min(MOST, max(least[0], math.ceil(least[1] / size)))
 
 
 def draw(shape: Sequence[int], seed: int, which: int) -> Tensor:
@@ -44,37 +74,45 @@ def draw(shape: Sequence[int], seed: int, which: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1009 + which))
 
 
+@dataclass(frozen=True, eq=False)
+class Ground:
+    """What `tune` works on: the field with the fitting noise, and with the test noise (which may be more)."""
+
+    field: Field
+    fitting: Tensor
+    test_field: Field
+    test: Tensor
+
+
 class Climb:
     """One run of `tune`: the three problems, the journal and the stages."""
 
-    def __init__(
-        self, field: Field, fitting: Tensor, effort: Effort, metric: Score, seed: int, journal: Journal, stages: Stages
-    ) -> None:
-        self.field = CountedField(field)
-        self.open = CountedField(field, check=False)  # candidates may blow up; the reference has vouched for the network
+    def __init__(self, ground: Ground, effort: Effort, metric: Score, seed: int, journal: Journal, stages: Stages) -> None:
+        self.field = CountedField(ground.field)
+        self.open = CountedField(ground.field, check=False)  # candidates may blow up; the reference has vouched for the network
+        self.test_field, self.test_noise = ground.test_field, ground.test
         self.effort: Effort = effort
         self.metric: Score = metric
         self.seed, self.journal, self.stages = seed, journal, stages
         self.pools: dict[int, list[Candidate]] = {}
-        self.noises = [fitting, *(draw(fitting.shape, seed, k).to(fitting) for k in (1, 2))]
+        self.noises = {"fit": ground.fitting, "select": draw(ground.fitting.shape, seed, 1).to(ground.fitting)}
+        self.fitting, self.selection = (self._problem(role, noise, COARSE) for role, noise in self.noises.items())
 
     def run(self, budgets: Sequence[int]) -> TuneResult:
-        """Solve, search, fit, choose, measure."""
-        self.fitting, self.selection, self.test = (self._problem(k, name) for k, name in enumerate(("fit", "select", "test")))
+        """Search, fit, learn, choose, measure."""
         boss = self._boss(budgets)
         chosen = {n: self._choose(n, boss) for n in budgets}
-        with self.stages("final measurement", self.open):
-            rows = rows_of(self.test, chosen, self.pools)
-            best = min(row.metrics["rmse"].value for row in rows)
-        if self.test.solution.error > best / 10:  # a reference must be ten times better than what it judges
-            self.test = self._problem(2, "test, finer", tol=best / 20)
-            with self.stages("final measurement", self.open):
-                rows = rows_of(self.test, chosen, self.pools)
-        with self.stages("rivals", self.open):
-            rows += adaptive_rows(self.test)
+        test = self._test_problem("test", 1e-4)
+        rows = self._measured(test, chosen)
+        best = min(row.metrics["rmse"].value for row in rows)
+        if test.solution.error > best / 10:  # a reference must be ten times better than what it judges
+            test = self._test_problem("test, finer", best / 20)
+            rows = self._measured(test, chosen)
+        with self.stages("rivals", self.open, measures=True):
+            rows += adaptive_rows(test)
             seconds = {n: runner_up(ranked) for n, ranked in chosen.items()}
-            second_rows = {n: rows_of(self.test, {n: {c.name: c}}, {n: []})[0] for n, c in seconds.items() if c is not None}
-        facts = self._facts() | {"summary": summary(rows, chosen, second_rows)}
+            second_rows = {n: rows_of(test, {n: {c.name: c}}, {n: []})[0] for n, c in seconds.items() if c is not None}
+        facts = self._facts(test) | {"summary": summary(rows, chosen, second_rows)}
         report = Report(f"few-step samplers for {facts['model']}", tuple(rows), facts)
         samplers = {}
         for n, ranked in chosen.items():
@@ -84,42 +122,52 @@ class Climb:
         rivals = {n: best for n in budgets if (best := self._rival(n, report)) is not None}
         return TuneResult(samplers, report, path_of(self.field), rivals)
 
+    def _measured(self, test: Problem, chosen: Mapping[int, Mapping[str, Candidate]]) -> list[Row]:
+        with self.stages("final measurement", self.open, measures=True):
+            return rows_of(test, chosen, self.pools)
+
     def _rival(self, n: int, report: Report) -> Candidate | None:
         row = report.best(n, *BASELINES)
         return None if row is None else next(c for c in self.pools[n] if c.name == row.name)
 
-    def _facts(self) -> dict[str, Any]:
+    def _facts(self, test: Problem) -> dict[str, Any]:
         model, conditions = model_of(self.field)
-        costs = cost_facts(self.stages.costs)
         return {
             "model": model.name if model else "field",
             "path": repr(home(self.field)),
             "conditions": list(conditions),
-            "noises per set": self.test.noise.shape[0],
+            "fitting noises": self.fitting.noise.shape[0],
+            "noises per set": test.noise.shape[0],
             "seed": self.seed,
             "effort": self.effort,
             "metric": self.metric,
-            "reference error": self.test.solution.error,
-            "cost": costs,
-            "network passes": sum(c["network passes"] for c in costs),
-            "seconds": round(sum(c["seconds"] for c in costs), 1),
+            "reference error": test.solution.error,
+            **cost_facts(self.stages.costs),
             "versions": f"fewstep {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads",
         }
 
-    def _problem(self, which: int, name: str, tol: float = 1e-4) -> Problem:
-        noise = self.noises[which]
-        with self.stages(f"reference ({name})", self.field):
-            key = f"reference-{which}-{tol:g}"
-            solution = self.journal.reference(
-                key, Coordinates.of(self.field.field), lambda: reference(self.field, noise, tol=tol)
-            )
-        return Problem(self.open, noise, solution)
+    def _solve(self, tol: float) -> None:
+        """The references that tables are fitted to and chosen by."""
+        self.fitting, self.selection = (self._problem(role, noise, tol) for role, noise in self.noises.items())
+
+    def _problem(self, role: str, noise: Tensor, tol: float) -> Problem:
+        with self.stages(f"reference ({role})", self.field):
+            return Problem(self.open, noise, self._reference(role, self.field, noise, tol))
+
+    def _test_problem(self, role: str, tol: float) -> Problem:
+        with self.stages(f"reference ({role})", self.field, measures=True):
+            solution = self._reference("test", self.field.over(self.test_field), self.test_noise, tol)
+        return Problem(self.open.over(self.test_field), self.test_noise, solution)
+
+    def _reference(self, role: str, field: CountedField, noise: Tensor, tol: float) -> Reference:
+        coordinates = Coordinates.of(field.field)
+        return self.journal.reference(f"reference-{role}-{tol:g}", coordinates, lambda: reference(field, noise, tol=tol))
 
     def _boss(self, budgets: Sequence[int]) -> dict[int, TimeGrid]:
         """BOSS's grids for every number of steps that a method might need within these budgets."""
         most = min(4 * max(budgets), Boss().knots // 2)
         with self.stages("BOSS grids", self.open):
-            few = self.fitting.part(0, max(1, BOSS_NOISES // self.fitting.conditions))
+            few = self.fitting.part(0, -(-enough(BOSS_NOISES, self.fitting.noise[0].numel()) // self.fitting.conditions))
 
             def solve() -> dict[str, list[float]]:
                 found = Boss().grids(few.field, few.noise, range(1, most + 1))
@@ -136,14 +184,21 @@ class Climb:
             stage.expect(len(pool))
             scores = self.journal.get(f"search-{n}", lambda: self._search(pool, stage))
         finalists = {name: pool[name] for name in scores if name in pool}
-        if self.effort == "fit":
-            with self.stages(f"fit, NFE {n}", self.open, 12 + 2 * len(RIDGES) + WARPS + KNOTS) as stage:
-                for candidate, score in self._fit(n, boss, list(finalists.values())[:2], stage):
-                    finalists[candidate.name], scores[candidate.name] = candidate, score
+        if self.effort != "search":
+            accurate = min(scores.values(), default=math.inf) / ACCURACY[self.effort]
+            if accurate < self.fitting.solution.error:
+                self._solve(accurate)
+            with self.stages(f"fit, NFE {n}", self.open, 12 + 2 * len(RIDGES) + WARPS) as stage:
+                fits = dict(self._fit(n, boss, list(finalists.values())[:2], stage))
+            if self.effort == "learn":
+                with self.stages(f"learn, NFE {n}", self.open, ITERATIONS) as stage:
+                    fits |= self._learn(n, min(fits, key=lambda c: fits[c]), stage)
+            for candidate, score in fits.items():
+                finalists[candidate.name], scores[candidate.name] = candidate, score
         return dict(sorted(finalists.items(), key=lambda item: scores[item[0]]))
 
     def _search(self, pool: Mapping[str, Candidate], stage: Stage) -> dict[str, float]:
-        few = self.selection.part(0, max(1, SCREEN // self.selection.conditions))
+        few = self.selection.part(0, -(-enough(SCREEN, self.selection.noise[0].numel()) // self.selection.conditions))
         screened: dict[str, float] = {}
         for name, candidate in pool.items():
             screened[name] = few.score(candidate.sampler, self.metric)
@@ -160,31 +215,59 @@ class Climb:
         """Fits on every grid family and on the best tables' own times, then on a grid searched from the best of those."""
         starts = {name: plain_table(self.open, grid) for name, grid in grids(n, home(self.open), boss.get(n)).items()}
         starts |= {c.name: c.sampler for c in best}
-        scores: dict[str, float] = {}
+        fits: dict[str, tuple[Sampler, float]] = {}
         for name, start in starts.items():
-            candidate, scores[name] = self._fitted(f"fit({name})", n, start, RIDGES[0])
+            fits[name] = self._fitted(f"fit({name})", n, start, RIDGES[0])
             stage.tick()
-            yield candidate, scores[name]
-        family = min((name for name in starts if _grid_of(starts[name]) is not None), key=lambda name: scores[name])
+        tried = sorted(fits, key=lambda name: fits[name][1])[:FITTED]
+        scores = {name: self._score(f"fit({name})", n, fits[name][0]) for name in tried}
+        yield from ((Candidate(f"fit({name})", "tuned", fits[name][0]), scores[name]) for name in tried)
+        family = min(
+            (name for name in fits if _grid_of(starts[name]) is not None), key=lambda k: (scores.get(k, math.inf), fits[k][1])
+        )
         first = _grid_of(starts[family])
         assert first is not None
         knots = self.journal.get(
-            f"grid-{n}", lambda: search_grid(self.fitting, first, warps=WARPS, knots=KNOTS, tick=stage.tick).knots.tolist()
+            f"grid-{n}", lambda: search_grid(self.fitting, first, warps=WARPS, tick=stage.tick).knots.tolist()
         )
-        yield self._fitted(f"fit({family}, searched)", n, plain_table(self.open, TimeGrid(knots)), RIDGES[0])
-        stage.tick()
-        for name, table in ((f"{family}, searched", plain_table(self.open, TimeGrid(knots))), (family, starts[family])):
-            for ridge in RIDGES[1:]:
-                yield self._fitted(f"fit({name}; ridge {ridge:g})", n, table, ridge)
+        searched = plain_table(self.open, TimeGrid(knots))
+        for name, table, ridges in ((f"{family}, searched", searched, RIDGES), (family, starts[family], RIDGES[1:])):
+            for ridge in ridges:
+                label = f"fit({name})" if ridge == RIDGES[0] else f"fit({name}; ridge {ridge:g})"
+                sampler, _ = self._fitted(label, n, table, ridge)
+                yield Candidate(label, "tuned", sampler), self._score(label, n, sampler)
                 stage.tick()
 
-    def _fitted(self, name: str, n: int, start: Sampler, ridge: float) -> tuple[Candidate, float]:
+    def _fitted(self, name: str, n: int, start: Sampler, ridge: float) -> tuple[Sampler, float]:
+        """A fit and its error on the noise that it was fitted on."""
         p = self.fitting
-        sampler = self.journal.sampler(
-            f"{name}-{n}", lambda: fit(p.field, p.noise, p.solution, start, ridge=ridge)[0].named(name)
-        )
-        score = self.journal.get(f"{name}-{n}-score", lambda: self.selection.score(sampler, self.metric))
-        return Candidate(name, "tuned", sampler), score
+        errors: list[float] = []
+
+        def solve() -> Sampler:
+            sampler, error = fit(p.field, p.noise, p.solution, start, ridge=ridge)
+            errors.append(error)
+            return sampler.named(name)
+
+        sampler = self.journal.sampler(f"{name}-{n}", solve)
+        return sampler, self.journal.get(f"{name}-{n}-residual", lambda: errors[0] if errors else p.score(sampler))
+
+    def _score(self, name: str, n: int, sampler: Sampler) -> float:
+        return self.journal.get(f"{name}-{n}-score", lambda: self.selection.score(sampler, self.metric))
+
+    def _learn(self, n: int, start: Candidate, stage: Stage) -> dict[Candidate, float]:
+        """Gauss-Newton on every number of a fit; nothing where that improves nothing on the selection noise."""
+        if self._score(start.name, n, start.sampler) <= self.fitting.solution.error:
+            return {}  # already as good as what it would be fitted to
+
+        def refine() -> Sampler:
+            p, held = self.fitting, self.selection
+            return learn_rows(start.sampler, p, held, metric=self.metric, iterations=ITERATIONS, tick=stage.tick).sampler
+
+        learned = self.journal.sampler(f"learned-{start.name}-{n}", refine)
+        if learned.provenance.method == start.name:
+            return {}
+        name = f"learned({start.name})"
+        return {Candidate(name, "tuned", learned.named(name)): self._score(name, n, learned)}
 
 
 def _grid_of(table: Sampler) -> TimeGrid | None:

@@ -44,6 +44,13 @@ class Problem:
         keep = torch.cat([rows[start:stop] for rows in keep.chunk(self.conditions)])
         return Problem(taken(self.field, slice(start, stop)), self.noise[keep], self.solution.select(keep))
 
+    def tiled(self, times: int) -> tuple[Field, Tensor, Tensor]:
+        """Every noise `times` times in one batch: its field; for each place of the batch, which copy and which noise it is."""
+        rows = torch.arange(self.noise.shape[0]).chunk(self.conditions)
+        noises = torch.cat([part.repeat(times) for part in rows])
+        copies = torch.arange(times).repeat_interleave(self.each).repeat(self.conditions)
+        return taken(self.field, torch.arange(self.each).repeat(times)), copies, noises
+
     def score(self, sampler: Sampler, kind: Score = "rmse") -> float:
         """The end-point error of a sampler: over all samples, or of the worst condition; infinite if it blows up."""
         squares = (sampler(self.field, self.noise) - self.solution.end).double().square().flatten(1).mean(1)
@@ -53,7 +60,7 @@ class Problem:
         return max(float(part.mean().sqrt()) for part in parts)
 
 
-def taken(field: Field, index: slice) -> Field:
+def taken(field: Field, index: slice | Tensor) -> Field:
     """The field for some samples; a bare function does not care which."""
     if isinstance(field, CountedField):
         return field.over(taken(field.field, index))

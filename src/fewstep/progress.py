@@ -11,12 +11,16 @@ from .composite import CountedField
 
 @dataclass
 class Cost:
-    """What a finished stage took: field calls, network passes summed over samples, seconds."""
+    """What a finished stage took: field calls, network passes summed over samples, seconds.
+
+    `measures` tells stages that only report from those that tuning needs.
+    """
 
     stage: str
     calls: int
     samples: int
     seconds: float
+    measures: bool = False
 
 
 class Stage:
@@ -58,12 +62,12 @@ class Stages:
             self._bar.stop()
 
     @contextmanager
-    def __call__(self, name: str, field: CountedField, pieces: int | None = None) -> Iterator[Stage]:
+    def __call__(self, name: str, field: CountedField, pieces: int | None = None, *, measures: bool = False) -> Iterator[Stage]:
         """Run one stage; calls are counted on `field`."""
         calls, samples, start = field.calls, field.samples, time.perf_counter()
         task = None if self._bar is None else self._bar.add_task(name, total=pieces)
         yield Stage(self._bar, task)
-        cost = Cost(name, field.calls - calls, field.samples - samples, time.perf_counter() - start)
+        cost = Cost(name, field.calls - calls, field.samples - samples, time.perf_counter() - start, measures)
         self.costs.append(cost)
         if self._bar is not None and task is not None:
             self._bar.update(task, total=1, completed=1)

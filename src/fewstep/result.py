@@ -45,10 +45,13 @@ class TuneResult:
         return named
 
     def with_training_cost(self, passes: int | None) -> "TuneResult":
-        """The same result, its report telling the cost of tuning as a share of the model's training, if that is known."""
+        """The same result, its report telling the cost of tuning as a share of the model's training, if that is known.
+
+        The measurement at the end, which changes no table, is not in that share.
+        """
         if passes is None:
             return self
-        share = self.report.facts["network passes"] / passes
+        share = self.report.facts["tuning passes"] / passes
         facts = {**self.report.facts, "network passes of the model's training": passes, "share of training": f"{share:.3%}"}
         return replace(self, report=replace(self.report, facts=facts))
 

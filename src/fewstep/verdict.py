@@ -146,8 +146,15 @@ def model_of(field: Field) -> tuple[Model | None, tuple[str, ...]]:
     return None, ()
 
 
-def cost_facts(costs: Sequence[Cost]) -> list[dict[str, Any]]:
-    """One entry per stage: field calls, network passes summed over samples, seconds."""
-    return [
+def cost_facts(costs: Sequence[Cost]) -> dict[str, Any]:
+    """Field calls, network passes summed over samples and seconds of every stage, and what tuning and measuring took of it."""
+    stages = [
         {"stage": c.stage, "field calls": c.calls, "network passes": c.samples, "seconds": round(c.seconds, 2)} for c in costs
     ]
+    return {
+        "cost": stages,
+        "network passes": sum(c.samples for c in costs),
+        "tuning passes": sum(c.samples for c in costs if not c.measures),
+        "measuring passes": sum(c.samples for c in costs if c.measures),
+        "seconds": round(sum(c.seconds for c in costs), 1),
+    }

@@ -12,7 +12,7 @@ from fewstep.candidates import angle_grid
 from fewstep.composite import start_scale
 from fewstep.coordinates import Coordinates
 from fewstep.trajectory import Trajectory
-from fewstep.tuners import Boss, boss
+from fewstep.tuners import Boss, truncation
 from fewstep.tuners.boss import bellman, truncation_errors
 from fewstep.zoo.mixtures import mixture
 from problems import Recorder, SmoothNetwork, randn
@@ -97,8 +97,8 @@ def test_the_recorded_path_of_a_float32_network_gives_the_float64_schedules(cost
 def test_pieces_of_any_size_give_the_same_errors(pieces, monkeypatch):
     trajectory = euler_path(9, 13, 11)  # 143 columns for the pooled matrix, 13 samples for the others
     whole = {cost: truncation_errors(trajectory, cost) for cost in ("squared", "norm")}
-    monkeypatch.setattr(boss, "CHUNKS", {"cpu": pieces})
-    monkeypatch.setattr(boss, "CHUNK", pieces if pieces == 1 else pieces * 11)
+    monkeypatch.setattr(truncation, "CHUNKS", {"cpu": pieces})
+    monkeypatch.setattr(truncation, "CHUNK", pieces if pieces == 1 else pieces * 11)
     for cost, errors in whole.items():
         assert np.allclose(truncation_errors(trajectory, cost), errors, rtol=1e-11, atol=1e-14)
 

@@ -1,21 +1,36 @@
-"""Judging samplers and models: comparisons on the same noise, log-densities, bits per dimension."""
+"""Judging samplers and models: comparisons on the same noise or with real images, log-densities, bits per dimension."""
 
 from .bits import bits_per_dim as bits_per_dim
-from .comparison import RESAMPLES as RESAMPLES
-from .comparison import Estimate as Estimate
 from .comparison import Group as Group
 from .comparison import Metric as Metric
 from .comparison import Report as Report
 from .comparison import Row as Row
 from .comparison import compare as compare
-from .comparison import frechet as frechet
 from .comparison import markdown_cell as markdown_cell
 from .comparison import measure as measure
 from .comparison import squared_errors as squared_errors
+from .distances import frechet as frechet
+from .distances import frechet_estimate as frechet_estimate
+from .distances import kid as kid
 from .divergence import DivergenceRule as DivergenceRule
+from .estimate import RESAMPLES as RESAMPLES
+from .estimate import Estimate as Estimate
+from .estimate import over_seeds as over_seeds
+from .features import Extractor as Extractor
+from .features import Features as Features
+from .features import features_of as features_of
 from .flow import LogDensity as LogDensity
+from .generation import Generated as Generated
+from .generation import generate as generate
+from .images import BiasWarning as BiasWarning
+from .images import ImageMetric as ImageMetric
+from .images import compare_images as compare_images
+from .images import image_metrics as image_metrics
+from .images import image_row as image_row
+from .images import split as split
 from .likelihood import Sampled as Sampled
 from .likelihood import log_density as log_density
 from .likelihood import sample_with_log_density as sample_with_log_density
 from .likelihood import score as score
+from .neighbours import precision_recall as precision_recall
 from .solve import Solver as Solver

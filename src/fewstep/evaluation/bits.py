@@ -10,8 +10,8 @@ from .._types import Field, FieldError
 from ..field import Model
 from ..keyed import Keyed
 from ..path import AffinePath
-from .comparison import RESAMPLES, Estimate
 from .divergence import DivergenceRule
+from .estimate import RESAMPLES, Estimate
 from .flow import Source
 from .likelihood import log_density
 from .solve import Solver

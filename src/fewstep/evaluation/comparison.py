@@ -13,24 +13,11 @@ from ..composite import CountedField, JointField
 from ..sampler import Sampler
 from ..trajectory import Reference
 from ..trajectory import reference as solve
+from .distances import frechet_estimate
+from .estimate import RESAMPLES, Estimate
 
 Metric = Literal["rmse", "psnr", "frechet"]
 Group = Literal["tuned", "method", "stock", "corrected", "adaptive", "other"]
-
-RESAMPLES = 1000
-"""Bootstrap resamples over noises."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A measured number with its 95 % bootstrap interval over noises."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}]"
 
 
 @dataclass(frozen=True)
@@ -67,9 +54,9 @@ class Report:
     rows: tuple[Row, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    def best(self, nfe: int, *groups: Group, metric: Metric = "rmse") -> Row | None:
+    def best(self, nfe: int, *groups: Group, metric: str = "rmse") -> Row | None:
         """The row with the best value at this NFE, among the given groups (all by default)."""
-        sign = -1.0 if metric == "psnr" else 1.0
+        sign = _sign(metric)
         rows = [r for r in self.rows if r.nfe == nfe and metric in r.metrics and (not groups or r.group in groups)]
         return min(rows, key=lambda r: sign * _ordered(r.metrics[metric].value, sign), default=None)
 
@@ -88,13 +75,13 @@ class Report:
         return Report(data["title"], tuple(rows), data["facts"])
 
     def to_markdown(self) -> str:
-        """A table, best first within each NFE; intervals are 95 % bootstrap over noises."""
+        """A table, best first within each NFE; intervals are 95 %, over noises."""
         metrics = list(dict.fromkeys(name for row in self.rows for name in row.metrics))
         several = any(row.by_condition for row in self.rows)
-        head = ["NFE", "sampler", "group", *metrics, *(["worst condition (rmse)"] if several else [])]
+        head = ["NFE", "sampler", "group", *map(markdown_cell, metrics), *(["worst condition (rmse)"] if several else [])]
         lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
         key = metrics[0] if metrics else ""
-        sign = -1.0 if key == "psnr" else 1.0
+        sign = _sign(key)
         for row in sorted(
             self.rows, key=lambda r: (r.nfe, sign * _ordered(r.metrics[key].value, sign) if key in r.metrics else 0.0)
         ):
@@ -108,6 +95,11 @@ class Report:
 def markdown_cell(text: object) -> str:
     """A name as one line that is neither Markdown nor HTML."""
     return "".join("\\" + c if c in "\\|<[`*" else c for c in " ".join(str(text).split()))
+
+
+def _sign(metric: str) -> float:
+    """-1 where more is better."""
+    return -1.0 if metric.startswith(("psnr", "precision", "recall")) else 1.0
 
 
 def _ordered(value: float, sign: float) -> float:
@@ -145,7 +137,7 @@ def compare(
     unknown = set(metrics) - {"rmse", "psnr", "frechet"}
     if unknown:
         raise ValueError(f'metrics are "rmse", "psnr" and "frechet", got {sorted(unknown)}')
-    named = samplers if isinstance(samplers, Mapping) else _named(samplers)
+    named = samplers if isinstance(samplers, Mapping) else by_name(samplers)
     solution = reference or solve(field, noise)
     rows = []
     for name, sampler in named.items():
@@ -201,19 +193,6 @@ def _from_squares(squares: Tensor, metric: str, seed: int) -> Estimate:
     return Estimate(float(values[0]), low, high)
 
 
-def frechet(x: Tensor, y: Tensor) -> float:
-    """Squared Frechet distance between Gaussian fits of two sets of vectors (Heusel et al., 1706.08500, eq. 6)."""
-    x, y = x.flatten(1).double(), y.flatten(1).double()
-    gap = (x.mean(0) - y.mean(0)).square().sum()
-    cx, cy = (torch.cov(z.T).reshape(z.shape[1], z.shape[1]) for z in (x, y))
-    if not bool(torch.isfinite(cx).all() and torch.isfinite(cy).all()):
-        return math.nan  # a sampler that blew up has a row like any other
-    values, vectors = torch.linalg.eigh(cx)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cy @ root).clamp(min=0).sqrt().sum()
-    return float(gap + cx.trace() + cy.trace() - 2 * cross)
-
-
 def _frechet_estimate(sample: Tensor, data: Tensor | None) -> Estimate:
     if data is None:
         raise ValueError('metric "frechet" compares with real samples: pass data=')
@@ -222,15 +201,11 @@ def _frechet_estimate(sample: Tensor, data: Tensor | None) -> Estimate:
         raise ValueError(f"data must have the samples' shape {tuple(sample.shape[1:])}, got {tuple(data.shape[1:])}")
     if fewest <= size:
         raise ValueError(f"a Frechet distance in {size} dimensions needs more than {size} samples on both sides, got {fewest}")
-    value = frechet(sample, data)
-    # Jackknife over ten blocks: a bootstrap repeats samples, which biases covariances.
-    blocks = torch.arange(len(sample)) % 10
-    parts = torch.tensor([frechet(sample[blocks != k], data) for k in range(10)], dtype=torch.float64)
-    spread = 1.96 * float((0.9 * (parts - parts.mean()).square().sum()).sqrt())
-    return Estimate(value, value - spread, value + spread)
+    return frechet_estimate(sample, data)
 
 
-def _named(samplers: Sequence[Sampler]) -> dict[str, Sampler]:
+def by_name(samplers: Sequence[Sampler]) -> dict[str, Sampler]:
+    """Samplers under the names of their methods, repetitions numbered."""
     return dict(zip(_distinct([sampler.provenance.method or "sampler" for sampler in samplers]), samplers, strict=True))
 
 

@@ -1,0 +1,95 @@
+"""Bespoke solvers (2310.19075): a Runge-Kutta method on a learnt scale-time transformation of the path.
+
+x-bar(r) = s_r x(t_r): learn the values of t, s and of their derivatives at the steps (and half steps) of Euler's or the
+midpoint method. What comes out is a table like any other.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .._tabulate import write_table
+from .._types import BudgetError, Field, State
+from ..composite import start_scale
+from ..grid import TimeGrid
+from ..sampler import Sampler
+from .gauss_newton import halves, learnt
+from .scale_time import STAGES, Base, ScaleTime, bound_training, run
+
+Training = Literal["end_to_end", "bound", "both"]
+
+
+def table_of(q: ScaleTime, base: Base, scale: float = 1.0) -> Sampler:
+    """The table of a transformation; as many calls as `q` has steps."""
+    table = write_table(lambda u, _, x: run(u, q, base, x), TimeGrid.uniform(1), start_scale=scale, calls=len(q.dt))
+    return table.named(f"bespoke-{base}")
+
+
+def precondition(nfe: int, sigma0: float) -> Sampler:
+    """Euler on the path whose noise is wider by `sigma0` (2403.01329, eq. 14), on CondOT: t_r = r / (r + sigma0 (1 - r)).
+
+    The start scale of that path is undone at once: s_0 x_0 = sigma0 x_0, s_1 = 1.
+    """
+    r = torch.arange(nfe + 1, dtype=torch.float64) / nfe
+    s = r + sigma0 * (1 - r)
+    dt, ds = sigma0 / s[:-1] ** 2, torch.full((nfe,), 1.0 - sigma0, dtype=torch.float64)
+    return table_of(ScaleTime(r / s, dt, s / sigma0, ds / sigma0), "euler").named(f"preconditioned({sigma0:g})")
+
+
+@dataclass(frozen=True)
+class Bespoke:
+    """Learn a scale-time transformation for one model.
+
+    Attributes:
+        base: "euler" (4 n - 1 numbers, n = NFE) or "midpoint" (8 n - 1 numbers, n = NFE / 2).
+        training: "end_to_end" on the end point's error, "bound" on the paper's bound of it (eq. 26), or "both" in turn. The
+            bound is the weaker objective (docs/tuning.md); it is here to compare with.
+        iterations: Gauss-Newton iterations of the end-to-end training.
+        bound_iterations: Adam iterations on the bound.
+        rate: their learning rate.
+        lipschitz: L_tau, the Lipschitz constant that the bound supposes for the velocity.
+        holdout: share of the noise that only chooses among the iterates.
+        tol: tolerance of the reference solution.
+
+    Costs per sample: the reference's calls; per Gauss-Newton iteration about (4 n - 1) n or (8 n - 1) 2 n field calls; per
+    iteration on the bound the calls of one sample, forward and backward, all steps in one batch.
+    """
+
+    base: Base = "midpoint"
+    training: Training = "end_to_end"
+    iterations: int = 12
+    bound_iterations: int = 200
+    rate: float = 1e-2
+    lipschitz: float = 1.0
+    holdout: float = 0.25
+    tol: float = 1e-4
+
+    def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
+        """The learnt table; the base method's own, with a warning, if nothing improves it on held-out noise.
+
+        Raises:
+            BudgetError: an odd `nfe` for the midpoint base.
+            FieldError: too little noise, or a reference that is not accurate enough.
+        """
+        if nfe % STAGES[self.base]:
+            raise BudgetError(
+                f"bespoke-midpoint makes two calls per step; the nearest budgets to {nfe} are {nfe - 1} and {nfe + 1}"
+            )
+        fitting, held = halves(field, noise, numbers=4 * nfe - 1, holdout=self.holdout, tol=self.tol)
+        scale = start_scale(field)
+
+        def write(theta: Tensor) -> Sampler:
+            return table_of(ScaleTime.of(theta), self.base, scale)
+
+        theta = torch.zeros(4 * nfe - 1, dtype=torch.float64)
+        table = write(theta)
+        if self.training != "end_to_end":
+            theta, table, _ = bound_training(
+                write, theta, fitting, held, base=self.base, iterations=self.bound_iterations, rate=self.rate,
+                constant=self.lipschitz,
+            )  # fmt: skip
+        if self.training != "bound":
+            table = learnt(write, theta, fitting, held, iterations=self.iterations)
+        return table

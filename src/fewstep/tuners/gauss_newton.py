@@ -1,0 +1,258 @@
+"""Learning a table by least squares on the end point: Gauss-Newton with forward differences, no back-propagation.
+
+The end point depends on a few dozen numbers (times and coefficients) and has thousands of residuals, so J^T J is small and the
+whole Jacobian J costs one more network call per number and step that the number reaches. Each call is an ordinary forward
+call: no graph is kept, memory does not grow with the network, and a dozen iterations do what first-order training needs
+hundreds for (`benchmarks/learned.py` counts the passes of both).
+
+Whatever writes a table from numbers can be learnt: all rows (`NonStationary`), a scale-time transformation (`Bespoke`), or the
+knots of a method (`LearnedKnots`).
+"""
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .._types import Field, FieldError, State
+from ..composite import CountedField, dtype_of
+from ..problem import Problem, Score
+from ..sampler import Sampler
+from ..trajectory import reference
+
+Write = Callable[[Tensor], Sampler]
+"""Numbers (p,) float64 -> a table; differentiable, ValueError where the numbers make no table."""
+
+MEMORY = 1 << 25
+"""Largest number of elements of the tangents of all calls; more noise is taken in pieces."""
+
+DAMPINGS = (0.1, 1.0, 10.0)
+"""Factors on the damping that every iteration tries."""
+
+MOST_DAMPING, LEAST_DAMPING = 1e3, 1e-9
+PER_NUMBER = 4
+"""Residuals asked for each number that is learnt, at least."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was learnt.
+
+    Attributes:
+        theta: (p,) the numbers.
+        sampler: their table.
+        error: its RMSE on the held-out noise.
+        iterations: Gauss-Newton iterations done.
+        diverged: no step improved anything: `sampler` is the start.
+    """
+
+    theta: Tensor
+    sampler: Sampler
+    error: float
+    iterations: int
+    diverged: bool
+
+
+def gauss_newton(
+    write: Write,
+    theta: Tensor,
+    fitting: Problem,
+    held: Problem,
+    *,
+    iterations: int = 8,
+    patience: int = 2,
+    log_loss: bool = False,
+    metric: Score = "rmse",
+    tick: Callable[[], None] = lambda: None,
+) -> Found:
+    """Minimise the end-point error of ``write(theta)`` on `fitting`; keep the iterate that is best on `held`.
+
+    Levenberg's damping in the units of J^T J's diagonal. One iteration costs, per fitting noise, n field calls and one for
+    every pair of a number and a call that it reaches (148 for all 60 numbers of an 8-call table), and 3 n for the choice of
+    the damping; per held noise n.
+
+    Args:
+        write: numbers to table.
+        theta: (p,) where to start.
+        fitting: problem whose error is minimised.
+        held: problem that chooses among the iterates.
+        iterations: at most.
+        patience: iterations without an improvement on `held` after which to stop.
+        log_loss: minimise the mean of log(mean square error) over noises (2403.01329, eq. 13) instead of the mean square
+            error: noises with small errors count as much as those with large ones.
+        metric: what `held` is judged by.
+        tick: called once per iteration.
+    """
+    sampler = write(theta)
+    kept = Found(theta, sampler, held.score(sampler, metric), 0, True)
+    loss, damping, stale = _loss(fitting, sampler, log_loss), 1e-3, 0
+    for k in range(1, iterations + 1):
+        normal, slope = _normal_equations(write, theta, fitting, log_loss)
+        theta, now, damping = _step(write, theta, normal, slope, fitting, log_loss, damping, loss)
+        tick()
+        if now >= loss:
+            break
+        gain, loss = loss - now if log_loss else 1 - now / max(loss, 1e-300), now
+        sampler = write(theta)
+        error = held.score(sampler, metric)
+        stale = 0 if error < kept.error else stale + 1
+        if error < kept.error:
+            kept = Found(theta, sampler, error, k, False)
+        if stale >= patience or gain < 1e-3:
+            break
+    return kept
+
+
+def learnt(write: Write, theta: Tensor, fitting: Problem, held: Problem, *, iterations: int, log_loss: bool = False) -> Sampler:
+    """`gauss_newton` for a tuner: refuses a reference that cannot judge, and says so where nothing improves.
+
+    Raises:
+        FieldError: the reference is not more accurate than the table to start from.
+    """
+    begin, exact = held.score(write(theta)), held.solution.error
+    if not exact < begin:
+        raise FieldError(
+            f"the reference is only accurate to {exact:.2g}, the table to start from errs by {begin:.2g}; give a lower tol"
+        )
+    found = gauss_newton(write, theta, fitting, held, iterations=iterations, log_loss=log_loss)
+    if found.diverged:
+        name = found.sampler.provenance.method
+        warnings.warn(f"no step improved {name} on held-out noise; it is returned as it was", stacklevel=3)
+    return found.sampler
+
+
+def halves(field: Field, noise: State, *, numbers: int, holdout: float, tol: float) -> tuple[Problem, Problem]:
+    """The problem that fits and the one that chooses, with their reference solution.
+
+    Raises:
+        FieldError: too little noise for so many numbers.
+    """
+    size = noise[0].numel()
+    needed = max(4, math.ceil(PER_NUMBER * numbers / max(size, 1) / (1 - holdout)))
+    if noise.shape[0] < needed:
+        raise FieldError(
+            f"learning {numbers} numbers needs at least {needed} noises of {size} elements ({holdout:.0%} of them only "
+            f"validates), got {noise.shape[0]}"
+        )
+    problem = Problem(field, noise, reference(field, noise, tol=tol))
+    split = problem.each - max(1, round(holdout * problem.each))
+    if split < 1:
+        raise FieldError(f"learning needs at least two noises per condition, got {problem.each}")
+    return problem.part(0, split), problem.part(split, problem.each)
+
+
+def jacobian_of(write: Write, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """How the table moves with its numbers: d times (n, p), and d rows (n + 1, n + 1, p), column 0 the noise."""
+
+    def numbers(values: Tensor) -> tuple[Tensor, Tensor]:
+        table = write(values)
+        return table.times, torch.cat([table.a[:, None], table.b], dim=1)
+
+    found = torch.autograd.functional.jacobian(numbers, theta)
+    assert isinstance(found, tuple)
+    return found[0], found[1]
+
+
+def _loss(problem: Problem, sampler: Sampler, log_loss: bool) -> float:
+    with torch.no_grad():
+        squares = (sampler(problem.field, problem.noise) - problem.solution.end).double().square().flatten(1).mean(1)
+    value = float(squares.clamp(min=1e-300).log().mean() if log_loss else squares.mean())
+    return value if math.isfinite(value) else math.inf
+
+
+def _step(
+    write: Write, theta: Tensor, normal: Tensor, slope: Tensor, fitting: Problem, log_loss: bool, damping: float, loss: float
+) -> tuple[Tensor, float, float]:
+    """The best of a few damped steps: (numbers, loss, damping); the numbers as they were if none is better."""
+    scale = normal.diagonal().clamp(min=1e-12 * float(normal.diagonal().max()) + 1e-300).sqrt()
+    scaled, right = normal / scale / scale[:, None], slope / scale
+    while damping <= MOST_DAMPING:
+        tried = []
+        for factor in DAMPINGS:
+            eye = torch.eye(len(theta), dtype=torch.float64)
+            try:
+                candidate = theta - torch.linalg.solve(scaled + damping * factor * eye, right) / scale
+                tried.append((_loss(fitting, write(candidate), log_loss), factor, candidate))
+            except (ValueError, ArithmeticError, RuntimeError):
+                continue  # a singular system, or numbers that make no table
+        best = min(tried, key=lambda item: item[0], default=(math.inf, 1.0, theta))
+        if best[0] < loss:
+            return best[2], best[0], max(damping * best[1], LEAST_DAMPING)
+        damping *= 1e2
+    return theta, loss, damping
+
+
+def _normal_equations(write: Write, theta: Tensor, problem: Problem, log_loss: bool) -> tuple[Tensor, Tensor]:
+    """J^T J and J^T r of the end point, summed over the noise in pieces that fit into memory."""
+    table, (d_times, d_rows) = write(theta), jacobian_of(write, theta)
+    p, size = len(theta), problem.noise[0].numel() * problem.conditions
+    piece = max(1, MEMORY // (p * table.nfe * size))
+    normal, slope = torch.zeros(p, p, dtype=torch.float64), torch.zeros(p, dtype=torch.float64)
+    for low in range(0, problem.each, piece):
+        part = problem.part(low, min(low + piece, problem.each))
+        end, tangents = _propagate(table, d_times, d_rows, part)
+        residual = (end - part.solution.end).double()
+        weight = residual.square().flatten(1).mean(1).clamp(min=1e-300).rsqrt() if log_loss else torch.ones(len(residual))
+        weight = weight.to(residual).view(-1, *[1] * (residual.ndim - 1))
+        j, r = (tangents.double() * weight).flatten(1), (residual * weight).flatten()
+        normal += (j @ j.T).cpu()
+        slope += (j @ r).cpu()
+    return normal, slope
+
+
+def _propagate(table: Sampler, d_times: Tensor, d_rows: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
+    """The end point (batch, ...) and its derivative in every number (p, batch, ...), by one-sided differences per call."""
+    field, noise, n, p = problem.field, problem.noise, table.nfe, d_times.shape[1]
+    step = difference(field)
+    rows = torch.cat([table.a[:, None], table.b], dim=1).detach()
+    features = noise.new_zeros(n + 1, *noise.shape)  # the noise, then the outputs
+    features[0] = noise
+    moved = noise.new_zeros(n, p, *noise.shape)  # d output / d number
+    ask = _quiet(field)
+    with torch.no_grad():
+        for i in range(n + 1):
+            used = slice(0, i + 1)
+            x = torch.tensordot(rows[i, used].to(features), features[used], dims=1)
+            dx = torch.tensordot(d_rows[i, used].T.to(features), features[used], dims=1)
+            if i:
+                dx += torch.tensordot(table.b[i, :i].detach().to(features), moved[:i], dims=1)
+            if i == n:
+                return x, dx
+            t, size = float(table.times[i]), float(x.square().mean().sqrt())
+            features[i + 1] = u = ask(x, t)
+            sizes = dx.flatten(1).square().mean(1).sqrt().tolist()
+            for k, (length, dt) in enumerate(zip(sizes, d_times[i].tolist(), strict=True)):
+                if length == 0.0 and dt == 0.0:
+                    continue  # this number only acts later
+                h = step / max(length / max(size, 1e-12), abs(dt))
+                if not 0.0 <= t + h * dt <= 1.0:
+                    h = -h
+                moved[i, k] = (ask(x + h * dx[k], t + h * dt) - u) / h
+    raise AssertionError("unreachable: the last row returns")
+
+
+def difference(field: Field) -> float:
+    """Relative step of one-sided differences: the square root of the network's precision, a little more for float32."""
+    return max(4.0 * float(torch.finfo(dtype_of(field)).eps) ** 0.5, 1e-5)
+
+
+def _quiet(field: Field) -> Field:
+    return CountedField(field, check=False) if not isinstance(field, CountedField) else field
+
+
+def spread_knots(starts: Sequence[float]) -> Tensor:
+    """Logits of step lengths: their softmax gives the lengths; the last is fixed to zero and left out."""
+    lengths = torch.tensor([b - a for a, b in itertools.pairwise(starts)], dtype=torch.float64)
+    logits = lengths.log()
+    return (logits - logits[-1])[:-1]
+
+
+def knots_of(logits: Tensor) -> Tensor:
+    """The inverse of `spread_knots`: n - 1 logits -> n + 1 increasing numbers from 0 to 1."""
+    steps = torch.softmax(torch.cat([logits, logits.new_zeros(1)]), dim=0)
+    inner = torch.cumsum(steps, dim=0)[:-1]
+    return torch.cat([inner.new_zeros(1), inner, inner.new_ones(1)])
