@@ -9,6 +9,7 @@ noise, selection noise and test noise are three different sets; the figures are 
 
 import argparse
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -19,21 +20,28 @@ from fewstep import Model, compare, load, tabulate, tune
 from fewstep._errors import BudgetError
 from fewstep.candidates import candidates
 from fewstep.grid import TimeGrid
-from fewstep.ladder import draw
+from fewstep.ladder import TEST, draw, enough
 from fewstep.methods import registry
 from fewstep.trajectory import reference
 from fewstep.zoo.mixtures import ring, spectrum
 
 PROBLEMS = {"digits": lambda: load("digits"), "ring": ring, "spectrum": spectrum}
 BUDGETS = (4, 5, 6, 7, 8, 9, 10)
-NOISES = 256
+EFFORTS = ("search", "fit", "learn")
+
+
+def noises(model: Model) -> int:
+    """As many as `tune` measures on."""
+    assert model.shape is not None
+    return enough(TEST, math.prod(model.shape))
 
 
 def untuned(model: Model, seed: int) -> list[dict]:
     """Every registered method on its uniform grid, every stock scheduler, on the test noise of this seed."""
-    field = model.given(None if model.classes is None else torch.arange(NOISES) % model.classes)
+    count = noises(model)
+    field = model.given(None if model.classes is None else torch.arange(count) % model.classes)
     assert model.shape is not None
-    noise = draw((NOISES, *model.shape), seed, 2)
+    noise = draw((count, *model.shape), seed, 2)
     solution = reference(field, noise)
     rows = []
     for nfe in BUDGETS:
@@ -53,12 +61,12 @@ def untuned(model: Model, seed: int) -> list[dict]:
 
 
 def tuned(model: Model, seed: int) -> tuple[list[dict], dict]:
-    """`tune` at both efforts: rows, and the cost of the fit."""
+    """`tune` at every effort: rows and costs."""
     rows, cost = [], {}
-    for effort in ("search", "fit"):
+    for effort in EFFORTS:
         start = time.perf_counter()
-        result = tune(model, nfe=BUDGETS, effort=effort, noise=NOISES, seed=seed)
-        cost[effort] = {"seconds": time.perf_counter() - start, "network passes": result.report.facts["network passes"]}
+        result = tune(model, nfe=BUDGETS, effort=effort, seed=seed)
+        cost[effort] = {"seconds": time.perf_counter() - start, "network passes": result.report.facts["tuning passes"]}
         for row in result.report.rows:
             if row.group == "tuned":
                 e = row.metrics["rmse"]
@@ -70,24 +78,27 @@ def tuned(model: Model, seed: int) -> tuple[list[dict], dict]:
 
 
 def table(rows: list[dict], seeds: int) -> None:
-    """Medians over seeds; the ratio of the fit to the best stock scheduler last."""
+    """Medians over seeds, and the ratios to the best stock scheduler."""
 
     def of(nfe: int, *groups: str) -> dict[str, float]:
         names = {r["name"] for r in rows if r["nfe"] == nfe and r["group"] in groups}
         found = {n: [r["rmse"] for r in rows if r["name"] == n and r["nfe"] == nfe] for n in names}
         return {n: statistics.median(v) for n, v in found.items() if len(v) == seeds}
 
-    head = ("NFE", "uniform Euler", "best stock, as shipped", "best stock, any grid", "best method, uniform", "search", "fit")
-    print(f"| {' | '.join(head)} | fit / best stock |\n|{'---|' * (len(head) + 1)}")
+    head = ["NFE", "uniform Euler", "best stock, as shipped", "best stock, any grid", "best method, uniform"]
+    head += ["search", "fit", "/ best stock", "learn", "/ best stock"]
+    print(f"| {' | '.join(head)} |\n|{'---|' * len(head)}")
     for nfe in BUDGETS:
         shipped, stock, methods, best = of(nfe, "stock"), of(nfe, "stock", "corrected"), of(nfe, "method"), of(nfe, "tuned")
-        search, fit = best["tune --effort search"], best["tune --effort fit"]
+        search, fit, learn = (best[f"tune --effort {effort}"] for effort in EFFORTS)
         cells = [f"{methods['euler']:.4f}"]
         for group in (shipped, stock, methods):
             name = min(group, key=lambda n: group[n])
             cells.append(f"{group[name]:.4f} ({name})")
-        ratio = fit / min(stock.values())
-        print(f"| {nfe} | {' | '.join(cells)} | {search:.4f} | **{fit:.4f}** | **{ratio:.2f}** |")
+        cells += [f"{search:.4f}"]
+        for value in (fit, learn):
+            cells += [f"{value:.4f}", f"**{value / min(stock.values()):.2f}**"]
+        print(f"| {nfe} | {' | '.join(cells)} |")
 
 
 def main() -> None:
@@ -106,13 +117,15 @@ def main() -> None:
             fitted, cost = tuned(model, seed)
             rows += [{**r, "seed": seed} for r in [*untuned(model, seed), *fitted]]
             costs.append(cost)
-        print(f"\n{problem}: RMSE per element at the end point, {NOISES} test noises, medians of seeds {args.seeds}\n")
+        print(f"\n{problem}: RMSE per element at the end point, {noises(model)} test noises, medians of seeds {args.seeds}\n")
         table(rows, len(seeds))
         for effort in costs[0]:
             spent = [c[effort] for c in costs]
             time_spent, passes = (statistics.median(c[key] for c in spent) for key in ("seconds", "network passes"))
-            print(f"tune --effort {effort}, all {len(BUDGETS)} budgets: {time_spent:.0f} s, {passes:.3g} network passes")
-        results[problem] = {"rows": rows, "costs": costs, "seeds": seeds, "noises": NOISES}
+            print(
+                f"tune --effort {effort}, all {len(BUDGETS)} budgets: {time_spent:.0f} s, {passes:.3g} network passes of tuning"
+            )
+        results[problem] = {"rows": rows, "costs": costs, "seeds": seeds, "noises": noises(model)}
         args.out.parent.mkdir(exist_ok=True)
         args.out.write_text(json.dumps(results, indent=1) + "\n")
 

@@ -65,7 +65,7 @@ def experiment(config: Config, out: Path, runs: Path) -> Rows:
     spread_out = open_source(config.train, hold_out=50, flip=True, dequantize=True)
     test = open_source(config.test, limit=None)
     real, labels = _all(test)
-    net, facts = classifier(runs, data, (real, labels), config.epochs)
+    net, facts = classifier(MODELS / "cifar10-classifier", data, (real, labels), config.epochs)
     truth = embedded(net, real)
     pixels = ((real[: config.likelihoods] + 1) * 127.5).round().to(torch.uint8)
     measure = partial(_measured, config, net, truth, pixels, labels[: config.likelihoods])

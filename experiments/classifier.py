@@ -37,6 +37,11 @@ class Classifier(nn.Module):
         """What distances are measured in."""
         return torch.relu(self.embed(self.body(x)))
 
+    def features_and_spatial(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same, and where things are: (batch, 64), the third stage's 8 x 8 places averaged over channels."""
+        places = self.body[:9](x)
+        return torch.relu(self.embed(self.body[9:](places))), places.mean(1).flatten(1)
+
     def forward(self, x: Tensor) -> Tensor:
         """Scores of the classes."""
         return self.head(self.features(x))

@@ -43,12 +43,13 @@ def tune(
             coefficients of the best fit. None of them back-propagates through the network.
         noise: fitting noise (batch, *shape), its shape, or the number of noises per condition (default: 16, for "learn" 32,
             and more where samples are small) if the model's shape is known. Selection noise of the same size is drawn,
-            and test noise, at least 64 where `model_or_field` is a model.
+            and test noise, at least 32 where `model_or_field` is a model.
         conditions: arguments of `Model.given`, one mapping per condition; one table is tuned for all of them. Default: no
             condition, or for a class-conditional model all classes in turn.
         metric: "rmse" over all samples, or "worst": of the worst condition.
         seed: of every noise set.
-        resume: folder that keeps finished pieces; the same call then goes on where it stopped.
+        resume: folder that keeps finished pieces; the same call then goes on where it stopped, and one with more effort on the
+            same noise from where this one ended.
         progress: show stages with their cost (on stderr).
 
     Returns:
@@ -71,7 +72,7 @@ def tune(
     if metric not in ("rmse", "worst"):
         raise ValueError(f'metric is "rmse" or "worst", got "{metric}"')
     ground = _ground(model_or_field, noise, conditions, effort, seed)
-    key = identity(ground.field, ground.fitting, __version__, torch.__version__, seed, metric, effort, len(ground.test))
+    key = identity(ground.field, ground.fitting, __version__, torch.__version__, seed, metric, len(ground.test))
     with Stages(progress) as stages:
         journal = Journal(None if resume is None else Path(resume), key)
         return Climb(ground, effort, metric, seed, journal, stages).run(budgets)

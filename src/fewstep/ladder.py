@@ -32,7 +32,7 @@ Effort = Literal["search", "fit", "learn"]
 NOISES = {"search": (16, 1024), "fit": (16, 1024), "learn": (32, 2048)}
 """Fitting noises: at least so many, and at least so many numbers in all. Selection takes as many."""
 
-TEST = (64, 16384)
+TEST = (32, 16384)
 """Likewise for the measurement, where the noise is drawn here."""
 
 SCREEN = (2, 128)
@@ -248,11 +248,14 @@ class Climb:
             errors.append(error)
             return sampler.named(name)
 
-        sampler = self.journal.sampler(f"{name}-{n}", solve)
-        return sampler, self.journal.get(f"{name}-{n}-residual", lambda: errors[0] if errors else p.score(sampler))
+        key = f"{name}-{n}-{p.solution.error:g}"
+        sampler = self.journal.sampler(key, solve)
+        return sampler, self.journal.get(f"{key}-residual", lambda: errors[0] if errors else p.score(sampler))
 
     def _score(self, name: str, n: int, sampler: Sampler) -> float:
-        return self.journal.get(f"{name}-{n}-score", lambda: self.selection.score(sampler, self.metric))
+        return self.journal.get(
+            f"{name}-{n}-{self.selection.solution.error:g}-score", lambda: self.selection.score(sampler, self.metric)
+        )
 
     def _learn(self, n: int, start: Candidate, stage: Stage) -> dict[Candidate, float]:
         """Gauss-Newton on every number of a fit; nothing where that improves nothing on the selection noise."""
@@ -263,7 +266,7 @@ class Climb:
             p, held = self.fitting, self.selection
             return learn_rows(start.sampler, p, held, metric=self.metric, iterations=ITERATIONS, tick=stage.tick).sampler
 
-        learned = self.journal.sampler(f"learned-{start.name}-{n}", refine)
+        learned = self.journal.sampler(f"learned-{start.name}-{n}-{self.fitting.solution.error:g}", refine)
         if learned.provenance.method == start.name:
             return {}
         name = f"learned({start.name})"

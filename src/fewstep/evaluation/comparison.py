@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from ..trajectory import reference as solve
 from .distances import frechet_estimate
 from .estimate import RESAMPLES, Estimate
 
-Metric = Literal["rmse", "psnr", "frechet"]
+Metric = Literal["rmse", "median", "psnr", "frechet"]
 Group = Literal["tuned", "method", "stock", "corrected", "adaptive", "other"]
 
 
@@ -126,17 +126,18 @@ def compare(
         noise: (batch, *shape) standard normal; use noise that no tuner has seen.
         reference: the converged solution from `noise`; solved here if not given.
         data: (m, *shape) real samples, needed for "frechet".
-        metrics: "rmse" per element, "psnr" in dB for data in [-1, 1], "frechet": squared Frechet distance between Gaussian
-            fits of generated and real *states* (no feature network; needs more samples than dimensions).
+        metrics: "rmse" per element over all noises, "median" over noises of each one's RMSE (which a few trajectories near a
+            fork of the flow do not move), "psnr" in dB for data in [-1, 1], "frechet": squared Frechet distance between the
+            Gaussian fits of generated and real *states* (no feature network; needs more samples than dimensions).
         groups: where each name belongs.
         seed: of the bootstrap.
 
     Raises:
         ValueError: "frechet" without data or with too few samples; an unknown metric.
     """
-    unknown = set(metrics) - {"rmse", "psnr", "frechet"}
+    unknown = set(metrics) - set(get_args(Metric))
     if unknown:
-        raise ValueError(f'metrics are "rmse", "psnr" and "frechet", got {sorted(unknown)}')
+        raise ValueError(f'metrics are "rmse", "median", "psnr" and "frechet", got {sorted(unknown)}')
     named = samplers if isinstance(samplers, Mapping) else by_name(samplers)
     solution = reference or solve(field, noise)
     rows = []
@@ -185,8 +186,11 @@ def squared_errors(sample: State, target: State) -> Tensor:
 
 def _from_squares(squares: Tensor, metric: str, seed: int) -> Estimate:
     generator = torch.Generator().manual_seed(seed)
-    drawn = squares[torch.randint(len(squares), (RESAMPLES, len(squares)), generator=generator)].mean(1)
-    values = torch.cat([squares.mean()[None], drawn]).sqrt()
+    drawn = squares[torch.randint(len(squares), (RESAMPLES, len(squares)), generator=generator)]
+    if metric == "median":
+        values = torch.cat([squares.quantile(0.5)[None], drawn.quantile(0.5, dim=1)]).sqrt()
+    else:
+        values = torch.cat([squares.mean()[None], drawn.mean(1)]).sqrt()
     if metric == "psnr":
         values = 20 * torch.log10(2.0 / values.clamp(min=1e-12))
     low, high = torch.quantile(values[1:], torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

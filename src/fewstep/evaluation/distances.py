@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..keyed import generator
-from .estimate import BLOCKS, Estimate, jackknife
+from .estimate import BLOCKS, Estimate, jackknife, shuffled
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +53,7 @@ def frechet_estimate(x: Tensor, y: Tensor) -> Estimate:
     The distance of small sets is biased upwards (by about dim^2 / count for like sets): compare equal counts only, and with
     the distance of real samples from real ones at that count.
     """
+    x = shuffled(x)
     target, blocks = _ToGaussian(Moments.of(y)), [Moments.of(x[k::BLOCKS]) for k in range(BLOCKS) if k < len(x)]
     parts = []
     for k in range(len(blocks)):

@@ -4,6 +4,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor, randperm
+
+from ..keyed import generator
+
 RESAMPLES = 1000
 """Bootstrap resamples over noises."""
 
@@ -42,6 +46,15 @@ def jackknife(value: float, parts: Sequence[float]) -> Estimate:
     error = math.sqrt((groups - 1) / groups * math.fsum((part - mean) ** 2 for part in parts))
     spread = float(stdtrit(groups - 1, 0.975)) * error
     return Estimate(value, value - spread, value + spread)
+
+
+def shuffled(x: Tensor) -> Tensor:
+    """The samples (n, ...) in an order of their own, the same at every call.
+
+    Blocks are every tenth sample, and samples of ten classes in turn would make blocks of one class each: without shuffling an
+    interval would be that of leaving out classes.
+    """
+    return x[randperm(len(x), generator=generator(0, "blocks")).to(x.device)]
 
 
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:

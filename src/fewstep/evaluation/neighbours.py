@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .estimate import BLOCKS, Estimate, jackknife
+from .estimate import BLOCKS, Estimate, jackknife, shuffled
 
 ENTRIES = 2**24
 """Distances that are held at once."""
@@ -33,7 +33,7 @@ def precision_recall(x: Tensor, y: Tensor, *, k: int = 3) -> tuple[Estimate, Est
     fewest = min(len(x) - -(-len(x) // BLOCKS), len(y))
     if not 1 <= k < fewest:
         raise ValueError(f"k must be at least 1 and less than the samples of either side ({fewest} without a block), got {k}")
-    x, y = x.double(), y.double()
+    x, y = shuffled(x).double(), y.double()
     inside = _within(x, y, _radii(y, k)[:, :1])[:, 0]
     covered = _within(y, x, _radii(x, k)).double().mean(0).tolist()
     block = torch.arange(len(x), device=x.device) % BLOCKS

@@ -21,7 +21,7 @@ GROUP_NAMES: Mapping[Group, str] = {
 MISSING = "\N{EN DASH}"
 """In place of a number that does not exist."""
 
-METRIC_NAMES = {"rmse": "RMSE", "psnr": "PSNR (dB)", "frechet": "Fréchet distance²"}
+METRIC_NAMES = {"rmse": "RMSE", "median": "median RMSE", "psnr": "PSNR (dB)", "frechet": "Fréchet distance²"}
 
 
 def clean(text: object) -> str:

@@ -15,7 +15,7 @@ from .._types import BudgetError, Field, State
 from ..composite import start_scale
 from ..grid import TimeGrid
 from ..sampler import Sampler
-from .gauss_newton import halves, learnt
+from .gauss_newton import halves, judgeable, learnt
 from .scale_time import STAGES, Base, ScaleTime, bound_training, run
 
 Training = Literal["end_to_end", "bound", "both"]
@@ -49,6 +49,7 @@ class Bespoke:
         iterations: Gauss-Newton iterations of the end-to-end training.
         bound_iterations: Adam iterations on the bound.
         rate: their learning rate.
+        log_loss: minimise the mean logarithm of the error end to end instead of the mean error.
         lipschitz: L_tau, the Lipschitz constant that the bound supposes for the velocity.
         holdout: share of the noise that only chooses among the iterates.
         tol: tolerance of the reference solution.
@@ -62,6 +63,7 @@ class Bespoke:
     iterations: int = 12
     bound_iterations: int = 200
     rate: float = 1e-2
+    log_loss: bool = True
     lipschitz: float = 1.0
     holdout: float = 0.25
     tol: float = 1e-4
@@ -74,9 +76,8 @@ class Bespoke:
             FieldError: too little noise, or a reference that is not accurate enough.
         """
         if nfe % STAGES[self.base]:
-            raise BudgetError(
-                f"bespoke-midpoint makes two calls per step; the nearest budgets to {nfe} are {nfe - 1} and {nfe + 1}"
-            )
+            near = f"budgets to {nfe} are {nfe - 1} and {nfe + 1}" if nfe > 1 else "budget to 1 is 2"
+            raise BudgetError(f"bespoke-midpoint makes two calls per step; the nearest {near}")
         fitting, held = halves(field, noise, numbers=4 * nfe - 1, holdout=self.holdout, tol=self.tol)
         scale = start_scale(field)
 
@@ -85,11 +86,12 @@ class Bespoke:
 
         theta = torch.zeros(4 * nfe - 1, dtype=torch.float64)
         table = write(theta)
+        judgeable(table, held)
         if self.training != "end_to_end":
             theta, table, _ = bound_training(
                 write, theta, fitting, held, base=self.base, iterations=self.bound_iterations, rate=self.rate,
                 constant=self.lipschitz,
             )  # fmt: skip
         if self.training != "bound":
-            table = learnt(write, theta, fitting, held, iterations=self.iterations)
+            table = learnt(write, theta, fitting, held, iterations=self.iterations, log_loss=self.log_loss)
         return table

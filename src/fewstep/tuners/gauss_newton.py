@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .._types import Field, FieldError, State
+from .._types import FewstepError, Field, FieldError, State
 from ..composite import CountedField, dtype_of
 from ..problem import Problem, Score
 from ..sampler import Sampler
@@ -90,6 +90,8 @@ def gauss_newton(
     sampler = write(theta)
     kept = Found(theta, sampler, held.score(sampler, metric), 0, True)
     loss, damping, stale = _loss(fitting, sampler, log_loss), 1e-3, 0
+    if loss == math.inf:
+        return kept  # it blows up: there is nothing to differentiate
     for k in range(1, iterations + 1):
         normal, slope = _normal_equations(write, theta, fitting, log_loss)
         theta, now, damping = _step(write, theta, normal, slope, fitting, log_loss, damping, loss)
@@ -107,22 +109,47 @@ def gauss_newton(
     return kept
 
 
-def learnt(write: Write, theta: Tensor, fitting: Problem, held: Problem, *, iterations: int, log_loss: bool = False) -> Sampler:
+def learnt(
+    write: Write,
+    theta: Tensor,
+    fitting: Problem,
+    held: Problem,
+    *,
+    iterations: int,
+    log_loss: bool = False,
+    start: Sampler | None = None,
+) -> Sampler:
     """`gauss_newton` for a tuner: refuses a reference that cannot judge, and says so where nothing improves.
+
+    Args:
+        write: numbers to table.
+        theta: (p,) where to start.
+        fitting: as for `gauss_newton`.
+        held: likewise.
+        iterations: likewise.
+        log_loss: likewise.
+        start: what is returned where nothing improves; default ``write(theta)``.
 
     Raises:
         FieldError: the reference is not more accurate than the table to start from.
     """
-    begin, exact = held.score(write(theta)), held.solution.error
+    judgeable(write(theta), held)
+    found = gauss_newton(write, theta, fitting, held, iterations=iterations, log_loss=log_loss)
+    if not found.diverged:
+        return found.sampler
+    kept = start or found.sampler
+    name = kept.provenance.method or "the table to start from"
+    warnings.warn(f"no step improved {name} on held-out noise; it is returned as it was", stacklevel=3)
+    return kept
+
+
+def judgeable(start: Sampler, held: Problem) -> None:
+    """FieldError unless the reference is more accurate than the table to start from."""
+    begin, exact = held.score(start), held.solution.error
     if not exact < begin:
         raise FieldError(
             f"the reference is only accurate to {exact:.2g}, the table to start from errs by {begin:.2g}; give a lower tol"
         )
-    found = gauss_newton(write, theta, fitting, held, iterations=iterations, log_loss=log_loss)
-    if found.diverged:
-        name = found.sampler.provenance.method
-        warnings.warn(f"no step improved {name} on held-out noise; it is returned as it was", stacklevel=3)
-    return found.sampler
 
 
 def halves(field: Field, noise: State, *, numbers: int, holdout: float, tol: float) -> tuple[Problem, Problem]:
@@ -138,7 +165,7 @@ def halves(field: Field, noise: State, *, numbers: int, holdout: float, tol: flo
             f"learning {numbers} numbers needs at least {needed} noises of {size} elements ({holdout:.0%} of them only "
             f"validates), got {noise.shape[0]}"
         )
-    problem = Problem(field, noise, reference(field, noise, tol=tol))
+    problem = Problem(_open(field), noise, reference(field, noise, tol=tol))
     split = problem.each - max(1, round(holdout * problem.each))
     if split < 1:
         raise FieldError(f"learning needs at least two noises per condition, got {problem.each}")
@@ -177,7 +204,7 @@ def _step(
             try:
                 candidate = theta - torch.linalg.solve(scaled + damping * factor * eye, right) / scale
                 tried.append((_loss(fitting, write(candidate), log_loss), factor, candidate))
-            except (ValueError, ArithmeticError, RuntimeError):
+            except (FewstepError, ValueError, ArithmeticError, RuntimeError):
                 continue  # a singular system, or numbers that make no table
         best = min(tried, key=lambda item: item[0], default=(math.inf, 1.0, theta))
         if best[0] < loss:
@@ -206,13 +233,12 @@ def _normal_equations(write: Write, theta: Tensor, problem: Problem, log_loss: b
 
 def _propagate(table: Sampler, d_times: Tensor, d_rows: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """The end point (batch, ...) and its derivative in every number (p, batch, ...), by one-sided differences per call."""
-    field, noise, n, p = problem.field, problem.noise, table.nfe, d_times.shape[1]
-    step = difference(field)
+    ask, noise, n, p = problem.field, problem.noise, table.nfe, d_times.shape[1]
+    step = difference(ask)
     rows = torch.cat([table.a[:, None], table.b], dim=1).detach()
     features = noise.new_zeros(n + 1, *noise.shape)  # the noise, then the outputs
     features[0] = noise
     moved = noise.new_zeros(n, p, *noise.shape)  # d output / d number
-    ask = _quiet(field)
     with torch.no_grad():
         for i in range(n + 1):
             used = slice(0, i + 1)
@@ -240,8 +266,9 @@ def difference(field: Field) -> float:
     return max(4.0 * float(torch.finfo(dtype_of(field)).eps) ** 0.5, 1e-5)
 
 
-def _quiet(field: Field) -> Field:
-    return CountedField(field, check=False) if not isinstance(field, CountedField) else field
+def _open(field: Field) -> Field:
+    """The field without a check for NaN: trial steps may blow up, the reference has vouched for the network."""
+    return CountedField(field.field, check=False, parent=field) if isinstance(field, CountedField) else field
 
 
 def spread_knots(starts: Sequence[float]) -> Tensor:

@@ -26,6 +26,7 @@ class LearnedKnots:
         decoupled: also learn the times at which the network is asked, apart from those that the coefficients come from (one
             more number per call).
         iterations: Gauss-Newton iterations, at most.
+        log_loss: minimise the mean logarithm of the error instead of the mean error.
         holdout: share of the noise that only chooses among the iterates.
         tol: tolerance of the reference solution.
 
@@ -36,6 +37,7 @@ class LearnedKnots:
     grid: TimeGrid | None = None
     decoupled: bool = False
     iterations: int = 12
+    log_loss: bool = True
     holdout: float = 0.25
     tol: float = 1e-4
 
@@ -52,7 +54,9 @@ class LearnedKnots:
         fitting, held = halves(field, noise, numbers=numbers, holdout=self.holdout, tol=self.tol)
         grid = self.grid or Boss(knots=max(100, 2 * steps)).grids(fitting.field, fitting.noise, (steps,))[steps]
         write, theta = self.numbers(field, grid, nfe)
-        return learnt(write, theta, fitting, held, iterations=self.iterations)
+        if not numbers:
+            return write(theta)  # one step from 0 to 1 leaves nothing to learn
+        return learnt(write, theta, fitting, held, iterations=self.iterations, log_loss=self.log_loss)
 
     def numbers(self, field: Field, grid: TimeGrid, nfe: int) -> tuple[Write, Tensor]:
         """How knots are numbers: logits of the step lengths in the clock where the field is smooth, and shifts of the calls."""

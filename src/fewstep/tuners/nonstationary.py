@@ -6,12 +6,14 @@ few Gauss-Newton steps from the closed-form fit do.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .._types import BudgetError, Field, FieldError, State
+from ..composite import path_of
+from ..path import CondOT
 from ..problem import Problem, Score
 from ..sampler import Sampler
 from .bespoke import precondition
@@ -48,8 +50,8 @@ class NonStationary:
 
         Raises:
             BudgetError: `start` has another NFE.
-            FieldError: too little noise, a reference that is not accurate enough, or `start` combines other predictions than
-                velocities.
+            FieldError: too little noise, a reference that is not accurate enough, `start` combines other predictions than
+                velocities, or `sigma0` on another path than CondOT.
         """
         if self.start is not None and self.start.nfe != nfe:
             raise BudgetError(f"the table to start from makes {self.start.nfe} calls, the budget is {nfe}")
@@ -58,10 +60,13 @@ class NonStationary:
                 f'learning starts from rows over velocities, this table combines "{self.start.predicts}" predictions; '
                 "use sampler.rebase(path, 'velocity')"
             )
-
+        path = path_of(field)
+        if self.start is None and self.sigma0 != 1.0 and path is not None and not isinstance(path, CondOT):
+            raise FieldError(f"sigma0 is for the CondOT path, the field lives on {path!r}; leave it at 1 and give a start")
         fitting, held = halves(field, noise, numbers=nfe * (nfe + 5) // 2, holdout=self.holdout, tol=self.tol)
         table = self.start or self._fitted(fitting, nfe)
-        return learnt(rows_of(table), numbers_of(table), fitting, held, iterations=self.iterations, log_loss=self.log_loss)
+        write, theta = rows_of(table), numbers_of(table)
+        return learnt(write, theta, fitting, held, iterations=self.iterations, log_loss=self.log_loss, start=table)
 
     def _fitted(self, fitting: Problem, nfe: int) -> Sampler:
         field, noise = fitting.field, fitting.noise
@@ -73,9 +78,10 @@ def learn_rows(
     table: Sampler, fitting: Problem, held: Problem, *, iterations: int = 8, log_loss: bool = True, metric: Score = "rmse",
     tick: Callable[[], None] = lambda: None,
 ) -> Found:  # fmt: skip
-    """Gauss-Newton on all numbers of a table; see `gauss_newton`."""
+    """Gauss-Newton on all numbers of a table, which is returned itself if nothing improves it; see `gauss_newton`."""
     write, theta = rows_of(table), numbers_of(table)
-    return gauss_newton(write, theta, fitting, held, iterations=iterations, log_loss=log_loss, metric=metric, tick=tick)
+    found = gauss_newton(write, theta, fitting, held, iterations=iterations, log_loss=log_loss, metric=metric, tick=tick)
+    return replace(found, sampler=table) if found.diverged else found
 
 
 def numbers_of(table: Sampler) -> Tensor:
@@ -86,15 +92,16 @@ def numbers_of(table: Sampler) -> Tensor:
 
 
 def rows_of(table: Sampler) -> Write:
-    """The inverse of `numbers_of` for tables of this size; the first row and the names stay."""
+    """The inverse of `numbers_of` for tables of this size; the first row stays, and where the table comes from."""
     n, name = table.nfe, table.provenance.method
     named = name if name.startswith("learned(") else f"learned({name})"
+    provenance = replace(table.provenance, method=named, measured={})
     inside = torch.tril(torch.ones(n + 1, n + 1, dtype=torch.bool))
     inside[0] = False
 
     def write(theta: Tensor) -> Sampler:
         rows = theta.new_zeros(n + 1, n + 1).masked_scatter(inside, theta[n:])
         a = torch.cat([table.a[:1], rows[1:, 0]])
-        return Sampler(theta[:n].clamp(0.0, 1.0), a, rows[:, 1:]).named(named)
+        return Sampler(theta[:n].clamp(0.0, 1.0), a, rows[:, 1:], provenance=provenance)
 
     return write

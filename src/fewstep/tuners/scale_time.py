@@ -121,11 +121,13 @@ def bound_training(
     best = start = (theta.detach().clone(), first, held.score(first))
     for k in range(1, iterations + 1):
         (theta.grad,) = torch.autograd.grad(bound(fitting, ScaleTime.of(theta), base, constant), theta)
+        if not bool(torch.isfinite(theta.grad).all()):
+            break  # it diverged
         optimizer.step()
         if k % CHECK == 0 or k == iterations:
             table = write(theta.detach().clone())
             error = held.score(table)
             best = (theta.detach().clone(), table, error) if error < best[2] else best
     if best is start:
-        warnings.warn("the bound improved nothing on held-out noise; the table is returned as it was", stacklevel=4)
+        warnings.warn("the bound improved nothing on held-out noise; the table is returned as it was", stacklevel=3)
     return best

@@ -1,0 +1,333 @@
+"""Which sampler to use: learned, fitted, published and stock ones on the bundled digits and the CIFAR-10 models in models/.
+
+    python benchmarks/cifar10.py --data cifar10-train.parquet [--models digits,cifar10-flow,cifar10-vp] [--count 500]
+    python benchmarks/cifar10_page.py                         # docs/benchmarks.md and its plots, from the results file
+
+End-point RMSE on noise that no tuner saw, with 95 % bootstrap intervals; Frechet distances (FD), spatial FD, precision and
+recall in the features of the classifier that experiments/cifar10.py trains (digits: in pixels), three seeds, beside the floor
+of as many real images. An interrupted run goes on with the cells that are missing; a model that is not there is left out.
+"""
+
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import cyclopts
+import torch
+from torch import Tensor
+
+sys.path.append(str(Path(__file__).parents[1] / "experiments"))
+
+from cells import Cell, Row, Rows, fill
+from classifier import classifier
+from fewstep import (
+    Bespoke,
+    Boss,
+    CountedField,
+    LearnedKnots,
+    LeastSquares,
+    Model,
+    NonStationary,
+    Sampler,
+    TimeGrid,
+    compare,
+    compare_images,
+    features_of,
+    load,
+    methods,
+    tabulate,
+    tune,
+)
+from fewstep._errors import BudgetError
+from fewstep.candidates import candidates
+from fewstep.evaluation import BiasWarning, Extractor, Features, Group
+from fewstep.evaluation import Row as Measured
+from fewstep.ladder import draw
+from fewstep.methods import Method
+from fewstep.path import CondOT
+from fewstep.trajectory import dopri5, reference
+from fewstep.tuners.nonstationary import numbers_of
+from fewstep.zoo import training_passes
+from halves import future_only, past_only
+
+ROOT = Path(__file__).parents[1]
+HOUSE = {"digits": "digits", "cifar10-flow": str(ROOT / "models/cifar10-flow"), "cifar10-vp": str(ROOT / "models/cifar10-vp")}
+CLASSIFIER = ROOT / "models" / "cifar10-classifier"
+
+
+@cyclopts.Parameter(name="*")
+@dataclass(frozen=True)
+class Config:
+    """What is measured."""
+
+    data: str = ""
+    """Parquet file of CIFAR-10's training images, for the CIFAR-10 models."""
+    models: str = "digits,cifar10-flow,cifar10-vp"
+    """Which models."""
+    budgets: str = "4,6,8,10"
+    """NFE."""
+    count: int = 500
+    """Images per sampler and seed for distances."""
+    noises: int = 64
+    """Test noises for end-point errors."""
+    fitting: int = 32
+    """Noises that tuners fit to; as many choose."""
+    seeds: int = 3
+    """Of the images."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One model with its test noise and its real images."""
+
+    name: str
+    model: Model
+    config: Config
+
+    @property
+    def budgets(self) -> tuple[int, ...]:
+        """NFE."""
+        return tuple(int(n) for n in self.config.budgets.split(","))
+
+    def field(self, count: int, guidance: float = 1.0) -> Any:
+        """All classes in turn."""
+        return self.model.given(torch.arange(count) % self.model.classes, guidance=guidance)  # type: ignore[operator]  # has classes
+
+    @cache  # noqa: B019  # lives as long as the run
+    def test(self, guidance: float = 1.0) -> tuple[Any, Tensor, Any]:
+        """Field, noise and converged solution for end-point errors."""
+        assert self.model.shape is not None
+        noise = draw((self.config.noises, *self.model.shape), 0, 7)
+        field = self.field(len(noise), guidance)
+        return field, noise, reference(field, noise, tol=1e-4)
+
+    def errors(self, tables: Mapping[str, Sampler], groups: Mapping[str, Group] | None = None, guidance: float = 1.0) -> Row:
+        """End-point errors by name."""
+        field, noise, solution = self.test(guidance)
+        report = compare(tables, field, noise, reference=solution, metrics=("rmse", "median", "psnr"), groups=groups)
+        return {r.name: _plain(r) for r in report.rows} | {"reference error": solution.error}
+
+    @cache  # noqa: B019  # as above
+    def real(self) -> tuple[Features, Extractor]:
+        """Features of real images, and what makes them."""
+        if self.name == "digits":
+            from sklearn.datasets import load_digits
+
+            digits: Any = load_digits()
+            images, extractor = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1, Extractor.of("pixels")
+        else:
+            from fewstep.training.data import open_source
+
+            source: Any = open_source(self.config.data)
+            net, _ = classifier(CLASSIFIER, source, (torch.empty(0), torch.empty(0)), 0)
+            images = source.data[:10_000].float() / 127.5 - 1
+            extractor = Extractor("CIFAR-10 classifier", net.features_and_spatial)
+        return features_of(images, extractor), extractor
+
+    def images(self, tables: Mapping[str, Sampler], guidance: float = 1.0) -> Row:
+        """Distances to real images by name."""
+        real, extractor = self.real()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BiasWarning)  # the floor beside it says how large the bias is
+            report = compare_images(
+                tables, self.model, real, self.config.count, extractor=extractor, seeds=range(self.config.seeds),
+                guidance=guidance,
+            )  # fmt: skip
+        return {r.name: _plain(r) for r in report.rows}
+
+
+def _plain(row: Measured) -> Row:
+    return {"nfe": row.nfe, "group": row.group, **{k: asdict(v) for k, v in row.metrics.items()}}
+
+
+def _kept(sampler: Sampler) -> Row:
+    return {
+        "times": sampler.times.tolist(),
+        "a": sampler.a.tolist(),
+        "b": sampler.b.tolist(),
+        "method": sampler.provenance.method,
+    }
+
+
+def _table(row: Row) -> Sampler:
+    times, a, b = (torch.tensor(row[k], dtype=torch.float64) for k in ("times", "a", "b"))
+    return Sampler(times, a, b).named(row["method"])
+
+
+def stock(case: Case, nfe: int, rows: Rows) -> Row:
+    """Every stock scheduler as shipped and corrected, Euler and Heun on uniform, EDM, log-SNR and BOSS grids, dopri5."""
+    field = case.field(8)
+    boss = Boss().grids(field, draw((8, *case.model.shape), 0, 0), range(1, nfe + 1))  # type: ignore[misc]  # has a shape
+    found = {c.name: c for c in candidates(field, nfe, boss)}
+    wanted = [f"{m}@{g}" for m in ("euler", "ddim", "heun") for g in ("uniform", "karras", "log-snr", "boss")]
+    pick = {n: c for n, c in found.items() if c.group != "method" or n in wanted}
+    measured = case.errors({n: c.sampler for n, c in pick.items()}, {n: c.group for n, c in pick.items()})
+    best = min((n for n in pick if pick[n].group != "method"), key=lambda n: measured[n]["rmse"]["value"])
+    return measured | {"best stock": best, "table": _kept(pick[best].sampler)}
+
+
+def adaptive(case: Case, rows: Rows) -> Row:
+    """Torchdiffeq's dopri5 with the NFE that it took."""
+    field, noise, solution = case.test()
+    found = {}
+    for tol in (1e-1, 1e-2, 1e-3):
+        solved = dopri5(field, noise, tol=tol)
+        error = float((solved.sample - solution.end).double().square().mean().sqrt())
+        found[f"dopri5, tol {tol:g}"] = {"nfe": solved.nfe, "rmse": error}
+    return found
+
+
+def tuned(case: Case, effort: str, folder: Path, rows: Rows) -> Row:
+    """`tune` at an effort, all budgets at once: errors on this benchmark's test noise, and what tuning cost."""
+    start = time.perf_counter()
+    result = tune(
+        case.model, nfe=case.budgets, effort=effort, noise=case.config.fitting, resume=folder / case.name, progress=True,  # type: ignore[arg-type]  # a literal
+    )  # fmt: skip
+    facts, passes = result.report.facts, training_passes(HOUSE[case.name])
+    assert passes is not None
+    found = {}
+    for n in case.budgets:
+        table = result[n].rebase(case.model.path, "velocity")
+        name = result[n].provenance.method
+        found[str(n)] = case.errors({name: table})[name] | {
+            "table": _kept(table),
+            "made by": name,
+            "parameters": len(numbers_of(table)),
+        }
+    return found | {
+        "tuning passes": facts["tuning passes"], "measuring passes": facts["measuring passes"], "training passes": passes,
+        "share of training": facts["tuning passes"] / passes, "seconds": round(time.perf_counter() - start, 1),
+    }  # fmt: skip
+
+
+def learned(case: Case, nfe: int, rows: Rows) -> Row:
+    """The learned solvers one by one at this NFE, from the same noise: error, parameters, network passes, seconds."""
+    shape = case.model.shape
+    assert shape is not None
+    noise = draw((2 * case.config.fitting, *shape), 0, 0)
+    flow = isinstance(case.model.path, CondOT)
+    knots: list[Method] = [methods.euler, methods.pfdiff(1, 1)] if flow else [methods.ddim(case.model.path)]
+    tuners: dict[str, Any] = {"fit (LeastSquares)": LeastSquares(), "NonStationary": NonStationary()}
+    tuners |= {f"LearnedKnots({m.name})": LearnedKnots(m) for m in knots}
+    if flow:
+        tuners |= {
+            "Bespoke RK1": Bespoke("euler"),
+            "Bespoke RK2": Bespoke("midpoint"),
+            "Bespoke RK2, bound": Bespoke("midpoint", training="bound"),
+        }
+    tables, cost = {}, {}
+    for name, tuner in tuners.items():
+        counted, start = CountedField(case.field(len(noise))), time.perf_counter()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "no step improved|the bound improved nothing")  # the row then shows its start
+            try:
+                tables[name] = tuner(counted, noise, nfe=nfe)
+            except BudgetError:
+                continue
+        cost[name] = {"network passes": counted.samples, "seconds": round(time.perf_counter() - start, 1)}
+        cost[name]["parameters"] = {"Bespoke RK": 4 * nfe - 1, "LearnedKno": nfe - 1}.get(
+            name[:10], len(numbers_of(tables[name]))
+        )
+    plain = {
+        m.name: tabulate(m, TimeGrid.uniform(m.intervals(nfe)))
+        for m in (methods.euler, methods.midpoint)
+        if flow and m.calls(nfe)
+    }
+    measured = case.errors(tables | plain)
+    return {n: measured[n] | cost.get(n, {}) for n in measured if n != "reference error"}
+
+
+def distances(case: Case, nfe: int, rows: Rows) -> Row:
+    """Images of the best stock scheduler, of the fit and of the learned table."""
+    tables = {"best stock": _table(rows[f"{case.name}/stock/{nfe}"]["table"])}
+    for effort in ("fit", "learn"):
+        tables[f"tune --effort {effort}"] = _table(rows[f"{case.name}/{effort}"][str(nfe)]["table"])
+    return case.images(tables)
+
+
+def pfdiff(case: Case, nfe: int, guidance: float, rows: Rows) -> Row:
+    """Base, past only, future only and PFDiff with its (k, l) searched, from the same start; RMSE, then images of the best."""
+    tables: dict[str, Sampler] = {}
+    path = case.model.path
+    base = methods.euler if isinstance(path, CondOT) else methods.ddim(path)
+    frozen = "velocity" if isinstance(path, CondOT) else "noise"
+    variants = [base, *(make(k, l, path) for make in (past_only, future_only) for k, l in ((1, 1), (2, 1), (3, 1)))]
+    variants += [methods.pfdiff(k, l, base, frozen) for k, l in ((1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3))]
+    if not isinstance(path, CondOT):
+        variants += [methods.dpm_single(path, 2, "data"), methods.pfdiff(1, 1, methods.dpm_single(path, 2, "data"), "data")]
+    for method in variants:
+        try:
+            tables[method.name] = tabulate(method, TimeGrid.uniform(method.intervals(nfe)), start_scale=path.start_scale)
+        except (BudgetError, ValueError):
+            continue  # this method cannot spend exactly this budget on a uniform grid
+    errors = case.errors(tables, guidance=guidance)
+    best: dict[str, str] = {}
+    for family in (base.name, "past", "future", "pfdiff"):
+        mine = [n for n in tables if n.startswith(family)]
+        if mine:
+            best[family] = min(mine, key=lambda n: errors[n]["rmse"]["value"])
+    images = case.images({n: tables[n] for n in best.values()}, guidance)
+    return {"errors": errors, "images": images, "best": best}
+
+
+def ranges(case: Case, nfe: int, rows: Rows) -> Row:
+    """One table for a range of guidance values against one table for each."""
+    values, found = (1.0, 2.0, 4.0), {}
+    one = tune(case.model, nfe=nfe, effort="learn", conditions=[{"guidance": w} for w in values], noise=case.config.fitting)
+    joint = one[nfe].rebase(case.model.path, "velocity")
+    for w in values:
+        own = tune(case.model, nfe=nfe, effort="learn", conditions=[{"guidance": w}], noise=case.config.fitting)
+        tables = {
+            "one table for all": joint,
+            "its own table": own[nfe].rebase(case.model.path, "velocity"),
+            "best stock": own.rivals[nfe].sampler,
+        }
+        found[f"{w:g}"] = case.errors(tables, guidance=w)
+    return found
+
+
+def cases(config: Config) -> Iterator[Case]:
+    """The models that are there."""
+    for name in config.models.split(","):
+        if name not in HOUSE:
+            raise SystemExit(f"models are {', '.join(HOUSE)}, got {name}")
+        if name == "digits" or (Path(HOUSE[name]).exists() and config.data):
+            yield Case(name, load(HOUSE[name]), config)
+        else:
+            print(f"{name} is left out: it needs {HOUSE[name]} (experiments/cifar10.py makes it) and --data", file=sys.stderr)
+
+
+def main(
+    *,
+    config: Config = Config(),  # frozen
+    out: Path = Path(__file__).parent / "results" / "cifar10.json",
+    progress: Path = Path("runs/tuning"),
+    only: str = "",
+) -> None:
+    """Run the cells that are missing (with --only, those whose names contain it)."""
+    cells: dict[str, Cell] = {}
+    for case in cases(config):
+        parts: dict[str, Callable[[Rows], Row]] = {f"stock/{n}": partial(stock, case, n) for n in (*case.budgets, 20)}
+        parts |= {"dopri5": partial(adaptive, case)}
+        parts |= {effort: partial(tuned, case, effort, progress) for effort in ("fit", "learn")}
+        parts |= {f"images/{n}": partial(distances, case, n) for n in case.budgets}
+        parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.name == "digits" or n == 8}
+        guided = [1.0, 2.0] if case.name == "digits" else [2.0]
+        parts |= {
+            f"pfdiff/{n}/guidance {w:g}": partial(pfdiff, case, n, w)
+            for n in case.budgets
+            if case.name == "digits" or n == 8
+            for w in guided
+        }
+        parts |= {f"guidance/{n}": partial(ranges, case, n) for n in case.budgets if case.name == "digits" and n in (6, 8)}
+        cells |= {f"{case.name}/{k}": cell for k, cell in parts.items() if only in f"{case.name}/{k}"}
+    fill(out, config, cells, lambda rows: f"{len(rows)} cells; python benchmarks/cifar10_page.py writes docs/benchmarks.md\n")
+
+
+if __name__ == "__main__":
+    cyclopts.run(main)

@@ -1,0 +1,207 @@
+"""docs/benchmarks.md and its plots, from the results of cifar10.py and transfer.py.
+
+python benchmarks/cifar10_page.py
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+
+mpl.use("Agg")
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent / "docs"
+Cells = Mapping[str, Any]
+TITLES = {
+    "digits": "Digits (bundled, 8 x 8)",
+    "cifar10-flow": "CIFAR-10, flow (CondOT)",
+    "cifar10-vp": "CIFAR-10, VP noise prediction",
+}
+EFFORTS = ("fit", "learn")
+
+
+def number(estimate: Mapping[str, float], digits: int = 4) -> str:
+    """A value with its interval."""
+    return f"{estimate['value']:.{digits}g} [{estimate['low']:.{digits}g}, {estimate['high']:.{digits}g}]"
+
+
+def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    return "\n".join(
+        ["| " + " | ".join(head) + " |", "|" + "---|" * len(head), *("| " + " | ".join(line) + " |" for line in lines)]
+    )
+
+
+def budgets(cells: Cells, model: str, part: str) -> list[int]:
+    """The NFE for which this part was measured."""
+    found = [key.split("/") for key in cells if key.startswith(f"{model}/{part}/")]
+    return sorted({int(key[2]) for key in found})
+
+
+def errors(cells: Cells, model: str) -> str:
+    """RMSE against NFE."""
+    lines = []
+    for n in budgets(cells, model, "stock"):
+        row = cells[f"{model}/stock/{n}"]
+        values = {k: v["rmse"]["value"] for k, v in row.items() if isinstance(v, dict) and "rmse" in v}
+        stock = row["best stock"]
+        shipped = min((k for k, v in row.items() if isinstance(v, dict) and v.get("group") == "stock"), key=lambda k: values[k])
+        grids = [k for k in values if "@" in k]
+        plain = min((k for k in grids if not k.endswith("@boss")), key=lambda k: values[k])
+        boss = min((k for k in grids if k.endswith("@boss")), key=lambda k: values[k], default="")
+        line = [
+            str(n),
+            f"{values[shipped]:.4f} ({shipped})",
+            f"{number(row[stock]['rmse'])} ({stock})",
+            f"{values[plain]:.4f} ({plain})",
+        ]
+        line.append(f"{values[boss]:.4f} ({boss})" if boss else "-")
+        for effort in EFFORTS:
+            mine = cells.get(f"{model}/{effort}", {}).get(str(n))
+            line += [number(mine["rmse"]), f"**{mine['rmse']['value'] / values[stock]:.2f}**"] if mine else ["-", "-"]
+        lines.append(line)
+    head = ["NFE", "best stock, as shipped", "best stock, any grid", "best Euler or Heun on uniform, EDM, log-SNR"]
+    head += ["the same on BOSS's grid", "`--effort fit`", "ratio", "`--effort learn`", "ratio"]
+    solved = [v for k, v in cells.get(f"{model}/dopri5", {}).items() if k.startswith("dopri5")]
+    adaptive = ", ".join(f"{v['rmse']:.4f} at {v['nfe']} calls" for v in solved)
+    return f"{markdown(head, lines)}\n\nThe ratio is to the best stock scheduler. dopri5: {adaptive}.\n"
+
+
+def cost(cells: Cells, model: str) -> str:
+    """What tuning took."""
+    lines = []
+    for effort in EFFORTS:
+        row = cells.get(f"{model}/{effort}")
+        if row:
+            tuning, measuring = (f"{row[key]:,}" for key in ("tuning passes", "measuring passes"))
+            lines.append([effort, tuning, f"{row['share of training']:.2%}", measuring, f"{row['seconds']:.0f} s"])
+    return markdown(("effort", "tuning, network passes", "of training", "measuring, network passes", "time"), lines) + "\n"
+
+
+def distances(cells: Cells, model: str) -> str:
+    """Images against NFE."""
+    lines = []
+    for n in budgets(cells, model, "images"):
+        row = cells[f"{model}/images/{n}"]
+        for name, values in row.items():
+            if not isinstance(values, dict) or (name == "real data" and n != budgets(cells, model, "images")[0]):
+                continue
+            metrics = {k.split(" (")[0]: v for k, v in values.items() if isinstance(v, dict)}
+            shown = [number(metrics[k], 3) if k in metrics else "-" for k in ("FD", "spatial FD", "KID", "precision", "recall")]
+            lines.append(["-" if name == "real data" else str(n), name, *shown])
+    return markdown(("NFE", "sampler", "FD", "spatial FD", "KID", "precision", "recall"), lines) + "\n"
+
+
+def learned(cells: Cells, model: str) -> str:
+    """The learned solvers one by one."""
+    lines = []
+    for n in budgets(cells, model, "learned"):
+        for name, row in cells[f"{model}/learned/{n}"].items():
+            if isinstance(row, dict):
+                spent = [f"{row[k]:,}" if k in row else "-" for k in ("parameters", "network passes")]
+                lines.append([str(n), name, number(row["rmse"]), *spent])
+    return markdown(("NFE", "solver", "RMSE", "numbers", "network passes"), lines) + "\n"
+
+
+def pfdiff(cells: Cells, model: str) -> str:
+    """PFDiff and its halves."""
+    lines = []
+    for key in (k for k in cells if k.startswith(f"{model}/pfdiff/")):
+        row = cells[key]
+        for name in row["best"].values():
+            images = {k.split(" (")[0]: v for k, v in row["images"][name].items() if isinstance(v, dict)}
+            shown = [number(images[k], 3) if k in images else "-" for k in ("FD", "spatial FD", "precision", "recall")]
+            lines.append([key.split("/")[2], key.rpartition(" ")[2], name, number(row["errors"][name]["rmse"]), *shown])
+    return markdown(("NFE", "guidance", "sampler", "RMSE", "FD", "spatial FD", "precision", "recall"), lines) + "\n"
+
+
+def guidance(cells: Cells, model: str) -> str:
+    """One table for a range of guidance values."""
+    lines = []
+    for n in budgets(cells, model, "guidance"):
+        for w, row in cells[f"{model}/guidance/{n}"].items():
+            if isinstance(row, dict):
+                lines.append(
+                    [str(n), w, *(number(row[k]["rmse"]) for k in ("one table for all", "its own table", "best stock"))]
+                )
+    return markdown(("NFE", "guidance", "one table for 1, 2 and 4", "its own table", "best stock of that value"), lines) + "\n"
+
+
+def transfer(results: Mapping[str, Any]) -> str:
+    """Tables of one model on others."""
+    lines = []
+    for model, row in results["rmse"].items():
+        for tuner in dict.fromkeys(k.rpartition(", ")[0] for k in row if ", " in k):
+            own, other = ("{:.4g} [{:.4g}, {:.4g}]".format(*row[f"{tuner}, {k}"]) for k in ("own", "transferred"))
+            lines.append([model, tuner, own, "-" if model == "first" else other, f"{row['uniform'][0]:.4f}"])
+    return markdown(("model", "table", "own", "transferred from the first", "uniform Euler"), lines) + "\n"
+
+
+def plot(cells: Cells, models: Sequence[str], out: Path) -> None:
+    """RMSE above, Frechet distance below, against NFE."""
+    figure, axes = plt.subplots(2, len(models), figsize=(4.2 * len(models), 6.4), squeeze=False)
+    for column, model in enumerate(models):
+        top, bottom = axes[0][column], axes[1][column]
+        steps = [n for n in budgets(cells, model, "stock") if f"{model}/fit" in cells and str(n) in cells[f"{model}/fit"]]
+        stock = [cells[f"{model}/stock/{n}"] for n in steps]
+        top.plot(
+            steps, [row[row["best stock"]]["rmse"]["value"] for row in stock], "o-", color="0.45", label="best stock scheduler"
+        )
+        for effort, color in zip(EFFORTS, ("tab:blue", "tab:red"), strict=True):
+            rows = [cells[f"{model}/{effort}"][str(n)]["rmse"] for n in steps if f"{model}/{effort}" in cells]
+            if rows:
+                top.plot(steps, [r["value"] for r in rows], "o-", color=color, label=f"tune --effort {effort}")
+                top.fill_between(steps, [r["low"] for r in rows], [r["high"] for r in rows], color=color, alpha=0.15)
+        top.set(yscale="log", title=TITLES[model], ylabel="RMSE to the converged solution" if column == 0 else "", xticks=steps)
+        shown = budgets(cells, model, "images")
+        names = {"best stock": "0.45", "tune --effort fit": "tab:blue", "tune --effort learn": "tab:red"}
+        for name, color in names.items():
+            found = [next(v for k, v in cells[f"{model}/images/{n}"][name].items() if k.startswith("FD")) for n in shown]
+            spread = [[v["value"] - v["low"] for v in found], [v["high"] - v["value"] for v in found]]
+            bottom.errorbar(shown, [v["value"] for v in found], spread, fmt="o-", color=color, capsize=2)
+        if shown:
+            floor = next(v for k, v in cells[f"{model}/images/{shown[0]}"]["real data"].items() if k.startswith("FD"))
+            bottom.axhline(floor["value"], color="k", lw=0.8, ls=":")
+            bottom.set(xticks=shown)
+        bottom.set(xlabel="NFE", ylabel="Frechet distance (dotted: real images)" if column == 0 else "")
+    axes[0][0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=110)
+
+
+def main() -> None:
+    """Write the page."""
+    held = json.loads((HERE / "results" / "cifar10.json").read_text())
+    cells, config = held["cells"], held["config"]
+    models = [m for m in TITLES if f"{m}/fit" in cells]
+    plot(cells, models, DOCS / "img" / "benchmarks.png")
+    words = [(HERE / "cifar10_page_head.md").read_text().format(**config, machine=held["machine"])]
+    for model in models:
+        words += [
+            f"## {TITLES[model]}",
+            "### End-point error",
+            errors(cells, model),
+            "### Cost of tuning, all budgets at once",
+            cost(cells, model),
+        ]
+        parts = {"images": ("Images", distances), "learned": ("The learned solvers one by one", learned),
+                 "pfdiff": ("PFDiff and its halves", pfdiff), "guidance": ("A range of guidance", guidance)}  # fmt: skip
+        for part, (title, write) in parts.items():
+            if budgets(cells, model, part):
+                words += [f"### {title}", write(cells, model)]
+    moved = HERE / "results" / "transfer.json"
+    if moved.exists():
+        words += [
+            "## Transfer between digits models",
+            "`python benchmarks/transfer.py`: RMSE at NFE 8.",
+            transfer(json.loads(moved.read_text())),
+        ]
+    (DOCS / "benchmarks.md").write_text("\n\n".join(word.strip("\n") for word in words) + "\n")
+
+
+if __name__ == "__main__":
+    main()
