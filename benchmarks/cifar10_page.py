@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its plots, from the results of cifar10.py and transfer.py.
+"""docs/benchmarks.md and its plots, from the results of cifar10.py (digits.json and cifar10.json) and of transfer.py.
 
 python benchmarks/cifar10_page.py
 """
@@ -22,6 +22,10 @@ TITLES = {
     "cifar10-vp": "CIFAR-10, VP noise prediction",
 }
 EFFORTS = ("fit", "learn")
+SETTINGS = (
+    "{noises} test noises; tuners fit to {fitting} noises and choose by as many; "
+    "{count} images per sampler and seed, {seeds} seeds."
+)
 
 
 def number(estimate: Mapping[str, float], digits: int = 4) -> str:
@@ -62,13 +66,17 @@ def errors(cells: Cells, model: str) -> str:
         line.append(f"{values[boss]:.4f} ({boss})" if boss else "-")
         for effort in EFFORTS:
             mine = cells.get(f"{model}/{effort}", {}).get(str(n))
-            line += [number(mine["rmse"]), f"**{mine['rmse']['value'] / values[stock]:.2f}**"] if mine else ["-", "-"]
+            if mine:
+                line += [number(mine["rmse"]), f"**{mine['rmse']['value'] / values[stock]:.2f}**"]
+                line.append(f"{mine['median']['value'] / row[stock]['median']['value']:.2f}")
+            else:
+                line += ["-", "-", "-"]
         lines.append(line)
     head = ["NFE", "best stock, as shipped", "best stock, any grid", "best Euler or Heun on uniform, EDM, log-SNR"]
-    head += ["the same on BOSS's grid", "`--effort fit`", "ratio", "`--effort learn`", "ratio"]
+    head += ["the same on BOSS's grid", "`--effort fit`", "ratio", "of medians", "`--effort learn`", "ratio", "of medians"]
     solved = [v for k, v in cells.get(f"{model}/dopri5", {}).items() if k.startswith("dopri5")]
     adaptive = ", ".join(f"{v['rmse']:.4f} at {v['nfe']} calls" for v in solved)
-    return f"{markdown(head, lines)}\n\nThe ratio is to the best stock scheduler. dopri5: {adaptive}.\n"
+    return f"{markdown(head, lines)}\n\nRatios are to the best stock scheduler at this NFE. dopri5: {adaptive}.\n"
 
 
 def cost(cells: Cells, model: str) -> str:
@@ -103,8 +111,8 @@ def learned(cells: Cells, model: str) -> str:
         for name, row in cells[f"{model}/learned/{n}"].items():
             if isinstance(row, dict):
                 spent = [f"{row[k]:,}" if k in row else "-" for k in ("parameters", "network passes")]
-                lines.append([str(n), name, number(row["rmse"]), *spent])
-    return markdown(("NFE", "solver", "RMSE", "numbers", "network passes"), lines) + "\n"
+                lines.append([str(n), name, number(row["rmse"]), f"{row['median']['value']:.4f}", *spent])
+    return markdown(("NFE", "solver", "RMSE", "median", "numbers", "network passes"), lines) + "\n"
 
 
 def pfdiff(cells: Cells, model: str) -> str:
@@ -175,14 +183,18 @@ def plot(cells: Cells, models: Sequence[str], out: Path) -> None:
 
 def main() -> None:
     """Write the page."""
-    held = json.loads((HERE / "results" / "cifar10.json").read_text())
-    cells, config = held["cells"], held["config"]
+    files = [
+        json.loads(file.read_text()) for name in ("digits", "cifar10") if (file := HERE / "results" / f"{name}.json").exists()
+    ]
+    cells = {name: cell for held in files for name, cell in held["cells"].items()}
+    settings = {name: held["config"] for held in files for name in held["cells"]}
     models = [m for m in TITLES if f"{m}/fit" in cells]
     plot(cells, models, DOCS / "img" / "benchmarks.png")
-    words = [(HERE / "cifar10_page_head.md").read_text().format(**config, machine=held["machine"])]
+    words = [(HERE / "cifar10_page_head.md").read_text().format(machine=files[0]["machine"])]
     for model in models:
         words += [
             f"## {TITLES[model]}",
+            SETTINGS.format(**settings[f"{model}/fit"]),
             "### End-point error",
             errors(cells, model),
             "### Cost of tuning, all budgets at once",

@@ -340,7 +340,7 @@ def test_an_estimate_reads_as_its_value_and_interval():
 
 
 def test_an_unknown_metric_is_refused_by_name(field, noise, unchecked):
-    with pytest.raises(ValueError, match=r'metrics are "rmse", "psnr" and "frechet", got \[\'fid\', \'mse\'\]'):
+    with pytest.raises(ValueError, match=r'metrics are "rmse", "median", "psnr" and "frechet", got \[\'fid\', \'mse\'\]'):
         compare([euler(2)], field, noise, metrics=("rmse", "mse", "fid"))
 
 

@@ -63,7 +63,7 @@ class Bespoke:
     iterations: int = 12
     bound_iterations: int = 200
     rate: float = 1e-2
-    log_loss: bool = True
+    log_loss: bool = False
     lipschitz: float = 1.0
     holdout: float = 0.25
     tol: float = 1e-4

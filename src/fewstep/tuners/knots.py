@@ -37,7 +37,7 @@ class LearnedKnots:
     grid: TimeGrid | None = None
     decoupled: bool = False
     iterations: int = 12
-    log_loss: bool = True
+    log_loss: bool = False
     holdout: float = 0.25
     tol: float = 1e-4
 

@@ -42,7 +42,7 @@ class NonStationary:
     sigma0: float = 1.0
     holdout: float = 0.25
     iterations: int = 8
-    log_loss: bool = True
+    log_loss: bool = False
     tol: float = 1e-4
 
     def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
@@ -75,7 +75,7 @@ class NonStationary:
 
 
 def learn_rows(
-    table: Sampler, fitting: Problem, held: Problem, *, iterations: int = 8, log_loss: bool = True, metric: Score = "rmse",
+    table: Sampler, fitting: Problem, held: Problem, *, iterations: int = 8, log_loss: bool = False, metric: Score = "rmse",
     tick: Callable[[], None] = lambda: None,
 ) -> Found:  # fmt: skip
     """Gauss-Newton on all numbers of a table, which is returned itself if nothing improves it; see `gauss_newton`."""
