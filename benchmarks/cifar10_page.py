@@ -80,14 +80,17 @@ def errors(cells: Cells, model: str) -> str:
 
 
 def cost(cells: Cells, model: str) -> str:
-    """What tuning took."""
-    lines = []
+    """What tuning took; learning went on from what the fit had kept, so its costs add up."""
+    lines, total = [], 0
     for effort in EFFORTS:
         row = cells.get(f"{model}/{effort}")
         if row:
-            tuning, measuring = (f"{row[key]:,}" for key in ("tuning passes", "measuring passes"))
-            lines.append([effort, tuning, f"{row['share of training']:.2%}", measuring, f"{row['seconds']:.0f} s"])
-    return markdown(("effort", "tuning, network passes", "of training", "measuring, network passes", "time"), lines) + "\n"
+            total += row["tuning passes"]
+            share = total / row["training passes"]
+            count = len([n for n in row if n.isdecimal()])
+            lines.append([effort, f"{total:,}", f"{share:.2%}", f"{share / count:.2%}", f"{row['measuring passes']:,}"])
+    head = ("effort", "tuning, network passes", "of the model's training", "per budget", "measuring, network passes")
+    return markdown(head, lines) + "\n"
 
 
 def distances(cells: Cells, model: str) -> str:

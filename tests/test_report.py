@@ -375,3 +375,13 @@ def test_console_draws_a_table_on_a_terminal(report, capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     to_console(report)
     assert "euler" in capsys.readouterr().out
+
+
+def test_the_cost_of_tuning_is_told_as_a_share_of_training_where_that_is_known():
+    from fewstep.report.view import costs
+
+    facts = {"tuning passes": 12345, "measuring passes": 678}
+    assert costs(Report("r", (), facts)) == "Tuning took 12,345 network passes, measuring 678 more."
+    known = costs(Report("r", (), {**facts, "share of training": "0.100%"}))
+    assert known == "Tuning took 12,345 network passes (0.100% of those that trained the model), measuring 678 more."
+    assert costs(Report("r", (), {})) == ""

@@ -57,7 +57,7 @@ ACCURACY = {"fit": 12, "learn": 24}
 learning twice as much."""
 
 COARSE = 1e-3
-"""Tolerance of that reference to begin with."""
+"""Tolerance of that reference, and of the one that the report measures against, to begin with."""
 
 
 MOST = 1024
@@ -102,7 +102,7 @@ class Climb:
         """Search, fit, learn, choose, measure."""
         boss = self._boss(budgets)
         chosen = {n: self._choose(n, boss) for n in budgets}
-        test = self._test_problem("test", 1e-4)
+        test = self._test_problem("test", COARSE)
         rows = self._measured(test, chosen)
         best = min(row.metrics["rmse"].value for row in rows)
         if test.solution.error > best / 10:  # a reference must be ten times better than what it judges

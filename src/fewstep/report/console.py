@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..evaluation import Report
-from .view import GROUP_NAMES, METRIC_NAMES, MISSING, clean, headline, interval, metrics, number, sort_value, summary
+from .view import GROUP_NAMES, METRIC_NAMES, MISSING, clean, costs, headline, interval, metrics, number, sort_value, summary
 
 PLACES = 3
 """Rows of each NFE that are shown of a report without a summary."""
@@ -26,6 +26,8 @@ def to_console(report: Report) -> None:
     error = report.facts.get("reference error")
     if isinstance(error, float):
         print(f"The reference's own error is {error:.2g}.")
+    if spent := costs(report):
+        print(spent)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Any:

@@ -13,7 +13,20 @@ from .frontier import frontier_figure
 from .pictures import Strip, embedded, kind, tiled
 from .samples import samples_figure
 from .style import COLOURS, INK, MUTED, PAPER, RULE, svg
-from .view import GROUP_NAMES, METRIC_NAMES, MISSING, clean, facts, headline, interval, metrics, number, sort_value, summary
+from .view import (
+    GROUP_NAMES,
+    METRIC_NAMES,
+    MISSING,
+    clean,
+    costs,
+    facts,
+    headline,
+    interval,
+    metrics,
+    number,
+    sort_value,
+    summary,
+)
 
 DARK = {
     "ink": "#e6eaf0",
@@ -78,7 +91,7 @@ def _small_print(report: Report) -> str:
         parts.append(f"{number(report.facts['noises'])} noises")
     if isinstance(report.facts.get("reference error"), float):
         parts.append(f"the reference's own error is {report.facts['reference error']:.2g}")
-    return "; ".join(parts) + "."
+    return " ".join(["; ".join(parts) + ".", *([spent] if (spent := costs(report)) else [])])
 
 
 def _frontier(report: Report, title: str) -> dict[str, Any]:

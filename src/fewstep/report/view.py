@@ -207,3 +207,13 @@ def _plain(value: Any) -> Any:
         return value
     # A number of numpy's or torch's own types; everything else speaks for itself.
     return _plain(value.item()) if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else str(value)
+
+
+def costs(report: Report) -> str:
+    """What tuning took: network passes, and their share of the model's training where that is known; empty if nothing is."""
+    facts = report.facts
+    tuning, measuring, share = facts.get("tuning passes"), facts.get("measuring passes"), facts.get("share of training")
+    if not isinstance(tuning, int) or not isinstance(measuring, int):
+        return ""
+    of = f" ({clean(share)} of those that trained the model)" if isinstance(share, str) else ""
+    return f"Tuning took {tuning:,} network passes{of}, measuring {measuring:,} more."
