@@ -12,7 +12,7 @@ of as many real images. An interrupted run goes on with the cells that are missi
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -72,6 +72,8 @@ class Config:
     """Which models."""
     budgets: str = "4,6,8,10"
     """NFE."""
+    learn: str = ""
+    """Those of them that `tune --effort learn` and the images are for; default all."""
     count: int = 500
     """Images per sampler and seed for distances."""
     noises: int = 64
@@ -94,6 +96,11 @@ class Case:
     def budgets(self) -> tuple[int, ...]:
         """NFE."""
         return tuple(int(n) for n in self.config.budgets.split(","))
+
+    @property
+    def learnt(self) -> tuple[int, ...]:
+        """NFE of tables that are learnt."""
+        return tuple(int(n) for n in (self.config.learn or self.config.budgets).split(","))
 
     def field(self, count: int, guidance: float = 1.0) -> Any:
         """All classes in turn."""
@@ -183,18 +190,18 @@ def adaptive(case: Case, rows: Rows) -> Row:
     return found
 
 
-def tuned(case: Case, effort: str, folder: Path, rows: Rows) -> Row:
+def tuned(case: Case, effort: str, budgets: Sequence[int], folder: Path, rows: Rows) -> Row:
     """`tune` at an effort, all budgets at once: errors on this benchmark's test noise, and what tuning cost."""
     start = time.perf_counter()
     count, shape = case.config.fitting, case.model.shape
     assert shape is not None
     result = tune(
-        case.field(count), nfe=case.budgets, effort=effort, noise=(count, *shape), resume=folder / case.name, progress=True,  # type: ignore[arg-type]  # a literal
+        case.field(count), nfe=budgets, effort=effort, noise=(count, *shape), resume=folder / case.name, progress=True,  # type: ignore[arg-type]  # a literal
     )  # fmt: skip
     facts, passes = result.report.facts, training_passes(HOUSE[case.name])
     assert passes is not None
     found = {}
-    for n in case.budgets:
+    for n in budgets:
         table = result[n].rebase(case.model.path, "velocity")
         name = result[n].provenance.method
         found[str(n)] = case.errors({name: table})[name] | {
@@ -319,8 +326,11 @@ def main(
             f"stock/{n}": partial(stock, case, n) for n in (*case.budgets, *((20,) if case.name == "digits" else ()))
         }
         parts |= {"dopri5": partial(adaptive, case)}
-        parts |= {effort: partial(tuned, case, effort, progress) for effort in ("fit", "learn")}
-        parts |= {f"images/{n}": partial(distances, case, n) for n in case.budgets}
+        parts |= {
+            "fit": partial(tuned, case, "fit", case.budgets, progress),
+            "learn": partial(tuned, case, "learn", case.learnt, progress),
+        }
+        parts |= {f"images/{n}": partial(distances, case, n) for n in case.learnt}
         parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.name == "digits"}
         parts |= {
             f"pfdiff/{n}/guidance {w:g}": partial(pfdiff, case, n, w)

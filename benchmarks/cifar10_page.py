@@ -80,16 +80,19 @@ def errors(cells: Cells, model: str) -> str:
 
 
 def cost(cells: Cells, model: str) -> str:
-    """What tuning took; learning went on from what the fit had kept, so its costs add up."""
-    lines, total = [], 0
-    for effort in EFFORTS:
+    """What tuning took; learning goes on from what the fit has kept, so what it costs comes on top."""
+    lines, each = [], 0.0
+    for effort, label in zip(EFFORTS, ("fit", "learn, on top of the fit"), strict=True):
         row = cells.get(f"{model}/{effort}")
         if row:
-            total += row["tuning passes"]
-            share = total / row["training passes"]
-            count = len([n for n in row if n.isdecimal()])
-            lines.append([effort, f"{total:,}", f"{share:.2%}", f"{share / count:.2%}", f"{row['measuring passes']:,}"])
-    head = ("effort", "tuning, network passes", "of the model's training", "per budget", "measuring, network passes")
+            solved = [n for n in row if n.isdecimal()]
+            share = row["tuning passes"] / row["training passes"]
+            each += share / len(solved)
+            budget = f"{each:.2%}" if effort == "fit" else f"{each:.2%} with its fit"
+            lines.append(
+                [label, ", ".join(solved), f"{row['tuning passes']:,}", f"{share:.2%}", budget, f"{row['measuring passes']:,}"]
+            )
+    head = ("effort", "NFE", "tuning, network passes", "of the model's training", "per budget", "measuring, network passes")
     return markdown(head, lines) + "\n"
 
 
@@ -163,10 +166,12 @@ def plot(cells: Cells, models: Sequence[str], out: Path) -> None:
             steps, [row[row["best stock"]]["rmse"]["value"] for row in stock], "o-", color="0.45", label="best stock scheduler"
         )
         for effort, color in zip(EFFORTS, ("tab:blue", "tab:red"), strict=True):
-            rows = [cells[f"{model}/{effort}"][str(n)]["rmse"] for n in steps if f"{model}/{effort}" in cells]
+            held = cells.get(f"{model}/{effort}", {})
+            known = [n for n in steps if str(n) in held]
+            rows = [held[str(n)]["rmse"] for n in known]
             if rows:
-                top.plot(steps, [r["value"] for r in rows], "o-", color=color, label=f"tune --effort {effort}")
-                top.fill_between(steps, [r["low"] for r in rows], [r["high"] for r in rows], color=color, alpha=0.15)
+                top.plot(known, [r["value"] for r in rows], "o-", color=color, label=f"tune --effort {effort}")
+                top.fill_between(known, [r["low"] for r in rows], [r["high"] for r in rows], color=color, alpha=0.15)
         top.set(yscale="log", title=TITLES[model], ylabel="RMSE to the converged solution" if column == 0 else "", xticks=steps)
         shown = budgets(cells, model, "images")
         names = {"best stock": "0.45", "tune --effort fit": "tab:blue", "tune --effort learn": "tab:red"}
