@@ -4,7 +4,7 @@ import jaxtyping
 import pytest
 import torch
 
-from fewstep import CountedField, JointField, Sampler, adapt, tune
+from fewstep import CountedField, JointField, Sampler, adapt, load, tune
 from fewstep._errors import BudgetError, FieldError
 from fewstep.ladder import TEST, draw, enough
 from fewstep.trajectory import reference
@@ -72,6 +72,37 @@ def test_every_network_call_is_accounted_for():
     counted = tune(adapt(network, shape=(2,)), nfe=3, noise=16, effort="search")
     identity_probe = 16  # one call: the journal recognises a field by its output on the fitting noise
     assert counted.report.facts["network passes"] + identity_probe == calls
+
+
+def test_tuning_and_measuring_are_counted_apart():
+    facts = tune(ring(), nfe=3, noise=16, effort="search").report.facts
+    measuring = {"reference (test)", "reference (test, finer)", "final measurement", "rivals"}
+    spent = dict.fromkeys((True, False), 0)
+    for entry in facts["cost"]:
+        spent[entry["stage"] in measuring] += entry["network passes"]
+    assert (facts["measuring passes"], facts["tuning passes"]) == (spent[True], spent[False])
+    assert facts["network passes"] == spent[True] + spent[False]
+
+
+def test_learning_goes_on_from_the_fit_at_no_cost_and_is_better_on_fresh_noise(tmp_path):
+    model = load("digits")
+    fitted = tune(model, nfe=4, noise=32, resume=tmp_path)[4]
+    learned = tune(model, nfe=4, noise=32, resume=tmp_path, effort="learn")
+    costs = {entry["stage"]: entry["network passes"] for entry in learned.report.facts["cost"]}
+    assert all(costs[name] == 0 for name in costs if name.startswith(("reference", "BOSS", "search", "fit")))
+    assert costs["learn, NFE 4"] > 0
+    assert learned[4].provenance.method.startswith("learned(fit(")
+    field = model.given(torch.arange(200) % 10)
+    noise = torch.randn(200, *field.model.shape, generator=torch.Generator().manual_seed(77))
+    end = reference(field, noise, tol=1e-3).end
+    assert rmse(learned[4](field, noise), end) < 0.9 * rmse(fitted(field, noise), end)
+
+
+def test_more_budgets_in_the_same_folder_still_have_all_grids(tmp_path):
+    tune(ring(), nfe=2, noise=16, resume=tmp_path)
+    both = tune(ring(), nfe=(2, 6), noise=16, resume=tmp_path)
+    alone = tune(ring(), nfe=6, noise=16)
+    assert torch.equal(both[6].times, alone[6].times)
 
 
 def test_search_is_free_of_fits_and_never_better_than_fit_by_much(result):

@@ -29,8 +29,8 @@ class Candidate:
     sampler: Sampler
 
 
-def grids(n: int, path: AffinePath, boss: TimeGrid | None = None, gits: TimeGrid | None = None) -> dict[str, TimeGrid]:
-    """Grid families of n steps, with those of the dynamic programs where they are known."""
+def grids(n: int, path: AffinePath, boss: TimeGrid | None = None) -> dict[str, TimeGrid]:
+    """Grid families of n steps, BOSS's among them where it is known."""
     found = {
         "uniform": TimeGrid.uniform(n),
         "quadratic": TimeGrid.quadratic(n),
@@ -43,7 +43,7 @@ def grids(n: int, path: AffinePath, boss: TimeGrid | None = None, gits: TimeGrid
         "karras": TimeGrid.karras(n, path),
         "angle": angle_grid(Coordinates(path), n),
     }
-    return found | {name: grid for name, grid in (("boss", boss), ("gits", gits)) if grid is not None}
+    return found if boss is None else {**found, "boss": boss}
 
 
 def angle_grid(coordinates: Coordinates, n: int) -> TimeGrid:

@@ -41,9 +41,10 @@ def tune(
         effort: "search" compares training-free methods, BOSS's grid and others, and stock schedulers; "fit" adds the
             closed-form fit of every row with a search of its grid; "learn" adds Gauss-Newton steps on all times and
             coefficients of the best fit. None of them back-propagates through the network.
-        noise: fitting noise (batch, *shape), its shape, or the number of noises per condition (default: 16, for "learn" 32,
-            and more where samples are small) if the model's shape is known. Selection noise of the same size is drawn,
-            and test noise, at least 32 where `model_or_field` is a model.
+        noise: fitting noise (batch, *shape), its shape, or the number of noises per condition if the model's shape is known
+            (default: 16, for "learn" 32, more where samples are small; two to four conditions share them, more have a
+            quarter each). Selection noise of the same size is drawn, and test noise, at least 32 where `model_or_field` is a
+            model.
         conditions: arguments of `Model.given`, one mapping per condition; one table is tuned for all of them. Default: no
             condition, or for a class-conditional model all classes in turn.
         metric: "rmse" over all samples, or "worst": of the worst condition.

@@ -11,6 +11,10 @@ from .composite import CountedField, span_of, start_scale
 from .coordinates import Coordinates
 from .grid import TimeGrid
 
+FEWEST_STEPS = 4
+MOST_STEPS = 1024
+"""Of Runge-Kutta, from the first solve of a reference to the last."""
+
 
 class Trajectory(NamedTuple):
     """An Euler path: times (n + 1,) float64, states (n + 1, batch, ...), velocities (n, batch, ...)."""
@@ -80,7 +84,7 @@ class Reference:
         return Reference(self.coordinates, self.knots, self.states[:, index], self.rates[:, index], self.error, self.nfe)
 
 
-def reference(field: Field, noise: State, *, tol: float = 1e-4, most_steps: int = 1024) -> Reference:
+def reference(field: Field, noise: State, *, tol: float = 1e-4, most_steps: int = MOST_STEPS) -> Reference:
     """Solve from t = 0 to 1 with classical Runge-Kutta 4, doubling the steps until two resolutions agree.
 
     The states compared are the ends *and* interpolated times of the coarser solve, so that `Reference.at` is as good as
@@ -96,38 +100,66 @@ def reference(field: Field, noise: State, *, tol: float = 1e-4, most_steps: int 
     Raises:
         FieldError: not converged within `most_steps` (the message names the error reached), or NaN from the network.
     """
-    counted = CountedField(field)
-    coordinates = Coordinates.of(field)
-    rate = coordinates.field(counted)
-    z0 = noise * (start_scale(field) / coordinates.scale(0.0))
-    inside = coordinates.tau(torch.tensor(span_of(field), dtype=torch.float64)).tolist()
+    return Solve(field, noise, most_steps=most_steps).to(tol)
 
-    def solve(steps: int) -> Reference:
-        knots = _knots(steps, *inside)
-        return Reference(coordinates, knots, *_rk4(rate, knots, z0), error=float("inf"), nfe=counted.calls)
 
-    steps, change = 4, float("inf")
-    error, before, failure = change, None, None
-    try:
-        before = solve(steps)
-    except FieldError as caught:
-        failure = caught  # steps this long may blow up where shorter ones do not
-    while steps < most_steps:
-        steps *= 2
-        try:
-            now, last_change = solve(steps), change
-        except FieldError as caught:
-            raise failure or caught from None
-        change = float("inf") if before is None else _change(before, now)
-        # The order that the solve really has, between 1 and 4: 4 only where the field is smooth on the scale of a step.
-        error = change / (min(max(last_change / max(change, 1e-300), 2.0), 16.0) - 1.0)
-        if steps > 8 and error <= tol:
-            return replace(now, error=error)
-        before = now
-    raise FieldError(
-        f"the reference did not converge: {steps} Runge-Kutta steps still change it by {error:.2g} (asked for "
-        f"{tol:.2g}); raise tol or most_steps, or check that the field is smooth in x and t"
-    )
+class Solve:
+    """A `reference` that can be made more accurate later: what has been solved is not solved again.
+
+    Args:
+        field: as for `reference`, and so are the others.
+    """
+
+    def __init__(self, field: Field, noise: State, *, most_steps: int = MOST_STEPS) -> None:
+        self._counted = CountedField(field)
+        self._coordinates = Coordinates.of(field)
+        self._rate = self._coordinates.field(self._counted)
+        self._z0 = noise * (start_scale(field) / self._coordinates.scale(0.0))
+        self._inside = self._coordinates.tau(torch.tensor(span_of(field), dtype=torch.float64)).tolist()
+        self._most, self._steps, self._change = most_steps, FEWEST_STEPS, float("inf")
+        self._last: Reference | None = None
+
+    def to(self, tol: float) -> Reference:
+        """The solution at the first resolution whose estimated error is at most `tol`.
+
+        Raises:
+            FieldError: as `reference`.
+        """
+        failure = None
+        if self._last is None:
+            try:
+                self._last = self._at(self._steps)
+            except FieldError as caught:
+                failure = caught  # steps this long may blow up where shorter ones do not
+        while self._last is None or not self._last.error <= tol:
+            if self._steps >= self._most:
+                error = float("inf") if self._last is None else self._last.error
+                raise FieldError(
+                    f"the reference did not converge: {self._steps} Runge-Kutta steps still change it by {error:.2g} (asked "
+                    f"for {tol:.2g}); raise tol or most_steps, or check that the field is smooth in x and t"
+                )
+            try:
+                self._double()
+            except FieldError as caught:
+                raise failure or caught from None
+        return self._last
+
+    def _double(self) -> None:
+        before, last_change = self._last, self._change
+        now = self._at(2 * self._steps)
+        self._steps *= 2
+        if before is not None:
+            self._change = _change(before, now)
+            # The order that the solve really has, between 1 and 4: 4 only where the field is smooth on the scale of a step.
+            error = self._change / (min(max(last_change / max(self._change, 1e-300), 2.0), 16.0) - 1.0)
+            # Two resolutions tell of no order; three do.
+            now = replace(now, error=error if self._steps > 2 * FEWEST_STEPS else float("inf"))
+        self._last = now
+
+    def _at(self, steps: int) -> Reference:
+        knots = _knots(steps, *self._inside)
+        states, rates = _rk4(self._rate, knots, self._z0)
+        return Reference(self._coordinates, knots, states, rates, error=float("inf"), nfe=self._counted.calls)
 
 
 def _knots(steps: int, low: float, high: float) -> Tensor:

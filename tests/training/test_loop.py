@@ -422,6 +422,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         ({"hold_out": 1}, "would keep every sample aside"),
         ({"divergence_share": 0.0}, r"divergence_share must lie in \(0, 1\]"),
         ({"raw": "edm"}, 'raw = "edm" goes with predicts = "data"'),
+        ({"raw": "v_prediction", "predicts": "data"}, 'raw = "v_prediction" goes with predicts = "noise", got "data"'),
         ({"data": ""}, "data must be given: --data"),
         ({"path": "Line()"}, r"path must be CondOT\(\), .* got \"Line\(\)\""),
         ({"dropout": 1.0}, "network mlp: dropout: Input should be less than 1"),

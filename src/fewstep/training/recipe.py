@@ -39,10 +39,11 @@ class Recipe:
     """CondOT(), Cosine(), VP(), VE() or EDM(), with arguments if you like."""
     predicts: Literal["velocity", "noise", "data"] = "velocity"
     """What the network predicts."""
-    raw: Literal["plain", "edm"] = "plain"
-    """edm: the preconditioning of Karras et al. around the network (predicts data)."""
+    raw: Literal["plain", "v_prediction", "edm"] = "plain"
+    """v_prediction: the network gives alpha noise - sigma data (predicts noise, on VP). edm: the preconditioning of Karras et
+    al. is around it (predicts data, on EDM)."""
     sigma_data: float = 0.5
-    """Standard deviation of the data, for raw = edm."""
+    """Standard deviation of the data, for raw = edm and weight = edm."""
     coupling: str = "independent"
     """How noise and data are paired: independent, minibatch_ot, or another file of training/coupling."""
     time: Literal["uniform", "logit_normal", "log_snr", "normal_log_snr"] = "uniform"
@@ -137,8 +138,10 @@ class Recipe:
             raise FewstepError(f"seed must be below 2**63, got {self.seed}")
         if self.hold_out == 1:
             raise FewstepError("hold_out = 1 would keep every sample aside; use 2 or more, or 0 for none")
-        if self.raw == "edm" and self.predicts != "data":
-            raise FewstepError(f'raw = "edm" goes with predicts = "data", got "{self.predicts}"')
+        from .._types import RAW_PREDICTS  # imports torch
+
+        if self.predicts != (meant := RAW_PREDICTS.get(self.raw, self.predicts)):
+            raise FewstepError(f'raw = "{self.raw}" goes with predicts = "{meant}", got "{self.predicts}"')
         if not self.data:
             raise FewstepError("data must be given: --data FILE, FOLDER or NAME")
 
@@ -156,7 +159,10 @@ RECIPES: dict[str, Recipe] = {
         data="checkerboard", batch=512, network="mlp", width=128, blocks=3, steps=5000, weight_decay=0.0, ema=0.99
     ),
     "cifar10-flow": replace(_CIFAR10, time="logit_normal"),
-    "cifar10-vp": replace(_CIFAR10, path="VP(beta_min=0.1, beta_max=20.0)", predicts="noise"),
+    "cifar10-vp": replace(
+        _CIFAR10, path="VP(beta_min=0.1, beta_max=20.0)", predicts="noise", raw="v_prediction", weight="edm",
+        time="normal_log_snr", time_mean=0.5, time_std=1.4,
+    ),
     "cifar10-edm": replace(
         _CIFAR10, path="EDM(sigma_min=0.002, sigma_max=80.0)", predicts="data", raw="edm", weight="edm", time="normal_log_snr",
         time_mean=1.2, time_std=1.2,

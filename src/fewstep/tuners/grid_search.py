@@ -1,4 +1,4 @@
-"""Step times for the fit itself: a smooth warp of a good grid, then every knot, judged on noise that was not fitted on.
+"""Step times for the fit itself: a smooth warp of a good grid, judged on noise that was not fitted on.
 
 BOSS's times are optimal for Euler's local errors; the least-squares fit has other needs. Searching them on the fit's own
 training error over-fits (150 Powell evaluations on digits at 8 calls: .0066 in the sample, .0098 outside, where BOSS's grid has
@@ -37,18 +37,17 @@ def plain_table(field: Field, grid: TimeGrid) -> Sampler:
 
 
 def search_grid(
-    problem: Problem, start: TimeGrid, *, warps: int = 60, knots: int = 0, tick: Callable[[], None] = lambda: None
+    problem: Problem, start: TimeGrid, *, evaluations: int = 60, tick: Callable[[], None] = lambda: None
 ) -> TimeGrid:
     """Improve the knots of `start` for the fit.
 
-    First three numbers bend the step lengths (their contrast, a tilt and a bow), then, if `knots` is positive, Powell's
-    method moves every knot. One evaluation costs nfe field calls on the problem's noise.
+    Powell's method bends the step lengths by three numbers: their contrast, a tilt and a bow. One evaluation costs nfe field
+    calls on the problem's noise. (Every time by itself is learnt by `NonStationary`.)
 
     Args:
         problem: the fitting noise; its first half fits, its second half scores.
         start: a grid from 0 to 1.
-        warps: evaluations of the three-number search.
-        knots: evaluations of the search over all knots.
+        evaluations: of the objective, about so many.
         tick: called once per evaluation.
 
     Returns:
@@ -79,13 +78,10 @@ def search_grid(
 
     if n > 1:
         cost(lengths)
-        options = {"maxfev": warps, "xtol": 2e-2, "ftol": 1e-2}
+        options = {"maxfev": evaluations, "xtol": 2e-2, "ftol": 1e-2}
         minimize(
             lambda p: cost(lengths + p @ bends), np.zeros(WARPS), method="Powell", bounds=[(-1.5, 1.5)] * WARPS, options=options
         )
-        if knots:
-            options = {"maxfev": knots, "xtol": 1e-2, "ftol": 1e-3}
-            minimize(cost, best[1], method="Powell", options=options)
     return start if best[1] is lengths else _grid(coordinates, best[1])
 
 

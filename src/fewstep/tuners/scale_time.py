@@ -49,7 +49,7 @@ class ScaleTime:
 
     @property
     def calls(self) -> int:
-        """M."""
+        """How many calls a method makes on it: m."""
         return len(self.dt)
 
 

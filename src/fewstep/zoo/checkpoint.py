@@ -102,7 +102,7 @@ def save_model(
     """Save a model whose network `fewstep.zoo.networks.build` made, so that ``load(directory)`` gives it back.
 
     Args:
-        model: from ``adapt(network, ...)``, with raw="plain" or "edm" and no clock or call of its own.
+        model: from ``adapt(network, ...)``, with no clock or call of its own.
         directory: made if it is missing.
         stored: "float32" gives the network back bit for bit, "bfloat16" rounds its weights and halves the file.
         data_range: what values the data take.
@@ -219,10 +219,9 @@ def _storable(model: Model) -> tuple[str, ResidualMLP | DiffusersNetwork]:
         )
     usual = adapt(network, path=model.path, predicts=model.predicts, raw=model.raw).clock
     same_clock = all(float(model.clock(torch.tensor(t))) == float(usual(torch.tensor(t))) for t in (0.25, 0.5))
-    if model.raw not in ("plain", "edm") or model.label_key != "label" or model.call is not call_network or not same_clock:
+    if model.label_key != "label" or model.call is not call_network or not same_clock:
         raise refusal(
-            f'cannot save {model.name}: a directory holds models with raw="plain" or "edm", label_key="label" and no call or '
-            "clock of their own"
+            f'cannot save {model.name}: a directory holds models with label_key="label" and no call or clock of their own'
         )
     classes = network.classes or None
     if (
