@@ -1,12 +1,13 @@
 """Which sampler to use: learned, fitted, published and stock ones on the bundled digits and the CIFAR-10 models in models/.
 
     python benchmarks/cifar10.py --data cifar10-train.parquet [--models cifar10-flow,cifar10-vp]
-    python benchmarks/cifar10.py --models digits --noises 256 --out benchmarks/results/digits.json
+    python benchmarks/cifar10.py --models digits,digits-vp,digits-edm --noises 256 --out benchmarks/results/digits.json
     python benchmarks/cifar10_page.py                         # docs/benchmarks.md and its plots, from the results file
 
 End-point RMSE on noise that no tuner saw, with 95 % bootstrap intervals; Frechet distances (FD), spatial FD, precision and
 recall in the features of the classifier that experiments/cifar10.py trains (digits: in pixels), three seeds, beside the floor
 of as many real images. An interrupted run goes on with the cells that are missing; a model that is not there is left out.
+digits-vp and digits-edm are trained here first, some minutes each: VP with v-prediction, and EDM's path and preconditioning.
 """
 
 import sys
@@ -51,13 +52,25 @@ from fewstep.evaluation import Row as Measured
 from fewstep.ladder import draw
 from fewstep.methods import Method
 from fewstep.path import CondOT
+from fewstep.training.loop import train
+from fewstep.training.recipe import RECIPES
+from fewstep.training.state import checkpoints
 from fewstep.trajectory import dopri5, reference
 from fewstep.tuners.nonstationary import numbers_of
 from fewstep.zoo import training_passes
 from halves import future_only, past_only
 
 ROOT = Path(__file__).parents[1]
-HOUSE = {"digits": "digits", "cifar10-flow": str(ROOT / "models/cifar10-flow"), "cifar10-vp": str(ROOT / "models/cifar10-vp")}
+HOUSE = {"digits": "digits", "digits-vp": "runs/digits-vp", "digits-edm": "runs/digits-edm"}
+HOUSE |= {name: str(ROOT / "models" / name) for name in ("cifar10-flow", "cifar10-vp")}
+_DIAL = ("path", "predicts", "raw", "weight", "time", "time_mean", "time_std")
+DIGITS = {
+    f"digits-{kind}": replace(
+        RECIPES["digits"], steps=5000, **{name: getattr(RECIPES[f"cifar10-{kind}"], name) for name in _DIAL}
+    )
+    for kind in ("vp", "edm")
+}
+"""What is trained here: the digits' recipe with the path and objective of the CIFAR-10 recipes."""
 CLASSIFIER = ROOT / "models" / "cifar10-classifier"
 
 
@@ -78,8 +91,8 @@ class Config:
     """Images per sampler and seed for distances."""
     noises: int = 64
     """Test noises for end-point errors."""
-    fitting: int = 32
-    """Noises that tuners fit to; as many choose."""
+    fitting: int = 0
+    """Noises that tuners fit to (as many choose); 0: as many as `tune` takes by default, and 32 for the solvers one by one."""
     seeds: int = 3
     """Of the images."""
 
@@ -102,6 +115,11 @@ class Case:
         """NFE of tables that are learnt."""
         return tuple(int(n) for n in (self.config.learn or self.config.budgets).split(","))
 
+    @property
+    def small(self) -> bool:
+        """Of the digits."""
+        return self.name.startswith("digits")
+
     def field(self, count: int, guidance: float = 1.0) -> Any:
         """All classes in turn."""
         return self.model.given(torch.arange(count) % self.model.classes, guidance=guidance)  # type: ignore[operator]  # has classes
@@ -112,7 +130,7 @@ class Case:
         assert self.model.shape is not None
         noise = draw((self.config.noises, *self.model.shape), 0, 7)
         field = self.field(len(noise), guidance)
-        return field, noise, reference(field, noise, tol=1e-4 if self.name == "digits" else 5e-4)
+        return field, noise, reference(field, noise, tol=1e-4 if self.small else 5e-4)
 
     def errors(self, tables: Mapping[str, Sampler], groups: Mapping[str, Group] | None = None, guidance: float = 1.0) -> Row:
         """End-point errors by name."""
@@ -123,7 +141,7 @@ class Case:
     @cache  # noqa: B019  # as above
     def real(self) -> tuple[Features, Extractor]:
         """Features of real images, and what makes them."""
-        if self.name == "digits":
+        if self.small:
             from sklearn.datasets import load_digits
 
             digits: Any = load_digits()
@@ -137,14 +155,14 @@ class Case:
             extractor = Extractor("CIFAR-10 classifier", net.features_and_spatial)
         return features_of(images, extractor), extractor
 
-    def images(self, tables: Mapping[str, Sampler], guidance: float = 1.0) -> Row:
+    def images(self, tables: Mapping[str, Sampler], guidance: float = 1.0, against: str | None = None) -> Row:
         """Distances to real images by name."""
         real, extractor = self.real()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", BiasWarning)  # the floor beside it says how large the bias is
             report = compare_images(
                 tables, self.model, real, self.config.count, extractor=extractor, seeds=range(self.config.seeds),
-                guidance=guidance,
+                guidance=guidance, against=against,
             )  # fmt: skip
         return {r.name: _plain(r) for r in report.rows}
 
@@ -193,10 +211,9 @@ def adaptive(case: Case, rows: Rows) -> Row:
 def tuned(case: Case, effort: str, budgets: Sequence[int], folder: Path, rows: Rows) -> Row:
     """`tune` at an effort, all budgets at once: errors on this benchmark's test noise, and what tuning cost."""
     start = time.perf_counter()
-    count, shape = case.config.fitting, case.model.shape
-    assert shape is not None
     result = tune(
-        case.field(count), nfe=budgets, effort=effort, noise=(count, *shape), resume=folder / case.name, progress=True,  # type: ignore[arg-type]  # a literal
+        case.model, nfe=budgets, effort=effort, noise=case.config.fitting or None, resume=folder / case.name / effort,  # type: ignore[arg-type]  # a literal
+        progress=True,
     )  # fmt: skip
     facts, passes = result.report.facts, training_passes(HOUSE[case.name])
     assert passes is not None
@@ -219,7 +236,7 @@ def learned(case: Case, nfe: int, rows: Rows) -> Row:
     """The learned solvers one by one at this NFE, from the same noise: error, parameters, network passes, seconds."""
     shape = case.model.shape
     assert shape is not None
-    noise = draw((2 * case.config.fitting, *shape), 0, 0)
+    noise = draw((2 * (case.config.fitting or 32), *shape), 0, 0)
     flow = isinstance(case.model.path, CondOT)
     knots: list[Method] = [methods.euler, methods.pfdiff(1, 1)] if flow else [methods.ddim(case.model.path)]
     tuners: dict[str, Any] = {"fit (LeastSquares)": LeastSquares(), "NonStationary": NonStationary()}
@@ -257,7 +274,7 @@ def distances(case: Case, nfe: int, rows: Rows) -> Row:
     tables = {"best stock": _table(rows[f"{case.name}/stock/{nfe}"]["table"])}
     for effort in ("fit", "learn"):
         tables[f"tune --effort {effort}"] = _table(rows[f"{case.name}/{effort}"][str(nfe)]["table"])
-    return case.images(tables)
+    return case.images(tables, against="best stock")
 
 
 def pfdiff(case: Case, nfe: int, guidance: float, rows: Rows) -> Row:
@@ -282,16 +299,30 @@ def pfdiff(case: Case, nfe: int, guidance: float, rows: Rows) -> Row:
         if mine:
             best[family] = min(mine, key=lambda n: errors[n]["rmse"]["value"])
     images = case.images({n: tables[n] for n in best.values()}, guidance)
-    return {"errors": errors, "images": images, "best": best}
+    seconds = timed({n: tables[n] for n in best.values()}, *case.test(guidance)[:2])
+    return {"errors": errors, "images": images, "best": best, "seconds per 1,000 samples": seconds}
+
+
+def timed(tables: Mapping[str, Sampler], field: Any, noise: Tensor, rounds: int = 5) -> dict[str, float]:
+    """Median seconds for 1,000 samples on one thread; the tables take turns, so that the machine's moods hit all alike."""
+    spent: dict[str, list[float]] = {name: [] for name in tables}
+    for _ in range(rounds):
+        for name, table in tables.items():
+            start = time.perf_counter()
+            table(field, noise)
+            spent[name].append((time.perf_counter() - start) * 1000 / len(noise))
+    return {name: float(torch.tensor(s).median()) for name, s in spent.items()}
 
 
 def ranges(case: Case, nfe: int, rows: Rows) -> Row:
     """One table for a range of guidance values against one table for each."""
     values, found = (1.0, 2.0, 4.0), {}
-    one = tune(case.model, nfe=nfe, effort="learn", conditions=[{"guidance": w} for w in values], noise=case.config.fitting)
+    one = tune(
+        case.model, nfe=nfe, effort="learn", conditions=[{"guidance": w} for w in values], noise=case.config.fitting or None
+    )
     joint = one[nfe].rebase(case.model.path, "velocity")
     for w in values:
-        own = tune(case.model, nfe=nfe, effort="learn", conditions=[{"guidance": w}], noise=case.config.fitting)
+        own = tune(case.model, nfe=nfe, effort="learn", conditions=[{"guidance": w}], noise=case.config.fitting or None)
         tables = {
             "one table for all": joint,
             "its own table": own[nfe].rebase(case.model.path, "velocity"),
@@ -306,7 +337,9 @@ def cases(config: Config) -> Iterator[Case]:
     for name in config.models.split(","):
         if name not in HOUSE:
             raise SystemExit(f"models are {', '.join(HOUSE)}, got {name}")
-        if name == "digits" or (Path(HOUSE[name]).exists() and config.data):
+        if name in DIGITS and not (Path(HOUSE[name]) / "config.json").exists():
+            train(DIGITS[name], HOUSE[name], resume=bool(checkpoints(Path(HOUSE[name]))), progress=True)
+        if name.startswith("digits") or (Path(HOUSE[name]).exists() and config.data):
             yield Case(name, load(HOUSE[name]), config)
         else:
             print(f"{name} is left out: it needs {HOUSE[name]} (experiments/cifar10.py makes it) and --data", file=sys.stderr)
@@ -323,7 +356,7 @@ def main(
     cells: dict[str, Cell] = {}
     for case in cases(config):
         parts: dict[str, Callable[[Rows], Row]] = {
-            f"stock/{n}": partial(stock, case, n) for n in (*case.budgets, *((20,) if case.name == "digits" else ()))
+            f"stock/{n}": partial(stock, case, n) for n in (*case.budgets, *((20,) if case.small else ()))
         }
         parts |= {"dopri5": partial(adaptive, case)}
         parts |= {
@@ -331,12 +364,9 @@ def main(
             "learn": partial(tuned, case, "learn", case.learnt, progress),
         }
         parts |= {f"images/{n}": partial(distances, case, n) for n in case.learnt}
-        parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.name == "digits"}
+        parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.small}
         parts |= {
-            f"pfdiff/{n}/guidance {w:g}": partial(pfdiff, case, n, w)
-            for n in case.budgets
-            if case.name == "digits"
-            for w in (1.0, 2.0)
+            f"pfdiff/{n}/guidance {w:g}": partial(pfdiff, case, n, w) for n in case.budgets if case.small for w in (1.0, 2.0)
         }
         parts |= {f"guidance/{n}": partial(ranges, case, n) for n in case.budgets if case.name == "digits" and n in (6, 8)}
         cells |= {f"{case.name}/{k}": cell for k, cell in parts.items() if only in f"{case.name}/{k}"}

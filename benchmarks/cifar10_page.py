@@ -18,19 +18,24 @@ DOCS = HERE.parent / "docs"
 Cells = Mapping[str, Any]
 TITLES = {
     "digits": "Digits (bundled, 8 x 8)",
+    "digits-vp": "Digits, VP with v-prediction (trained by the benchmark)",
+    "digits-edm": "Digits, EDM's path and preconditioning (trained by the benchmark)",
     "cifar10-flow": "CIFAR-10, flow (CondOT)",
-    "cifar10-vp": "CIFAR-10, VP noise prediction",
+    "cifar10-vp": "CIFAR-10, VP with v-prediction",
 }
 EFFORTS = ("fit", "learn")
-SETTINGS = (
-    "{noises} test noises; tuners fit to {fitting} noises and choose by as many; "
-    "{count} images per sampler and seed, {seeds} seeds."
-)
+SETTINGS = "{noises} test noises; {fitted}; {count} images per sampler and seed, {seeds} seeds."
 
 
 def number(estimate: Mapping[str, float], digits: int = 4) -> str:
     """A value with its interval."""
     return f"{estimate['value']:.{digits}g} [{estimate['low']:.{digits}g}, {estimate['high']:.{digits}g}]"
+
+
+def fitted(count: int) -> str:
+    """How many noises the tuners had."""
+    some = f"{count} noises" if count else "their default number of noises (fit 16, learn and single solvers 32)"
+    return f"tuners fit to {some} and choose by as many"
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -80,34 +85,31 @@ def errors(cells: Cells, model: str) -> str:
 
 
 def cost(cells: Cells, model: str) -> str:
-    """What tuning took; learning goes on from what the fit has kept, so what it costs comes on top."""
-    lines, each = [], 0.0
-    for effort, label in zip(EFFORTS, ("fit", "learn, on top of the fit"), strict=True):
+    """What tuning took, each effort from nothing."""
+    lines = []
+    for effort in EFFORTS:
         row = cells.get(f"{model}/{effort}")
         if row:
             solved = [n for n in row if n.isdecimal()]
             share = row["tuning passes"] / row["training passes"]
-            each += share / len(solved)
-            budget = f"{each:.2%}" if effort == "fit" else f"{each:.2%} with its fit"
-            lines.append(
-                [label, ", ".join(solved), f"{row['tuning passes']:,}", f"{share:.2%}", budget, f"{row['measuring passes']:,}"]
-            )
+            spent = [f"{row['tuning passes']:,}", f"{share:.2%}", f"{share / len(solved):.3%}", f"{row['measuring passes']:,}"]
+            lines.append([effort, ", ".join(solved), *spent])
     head = ("effort", "NFE", "tuning, network passes", "of the model's training", "per budget", "measuring, network passes")
     return markdown(head, lines) + "\n"
 
 
 def distances(cells: Cells, model: str) -> str:
     """Images against NFE."""
-    lines = []
+    lines, columns = [], ("FD", "FD - best stock", "spatial FD", "spatial FD - best stock", "KID", "precision", "recall")
     for n in budgets(cells, model, "images"):
         row = cells[f"{model}/images/{n}"]
         for name, values in row.items():
             if not isinstance(values, dict) or (name == "real data" and n != budgets(cells, model, "images")[0]):
                 continue
             metrics = {k.split(" (")[0]: v for k, v in values.items() if isinstance(v, dict)}
-            shown = [number(metrics[k], 3) if k in metrics else "-" for k in ("FD", "spatial FD", "KID", "precision", "recall")]
+            shown = [number(metrics[k], 3) if k in metrics else "-" for k in columns]
             lines.append(["-" if name == "real data" else str(n), name, *shown])
-    return markdown(("NFE", "sampler", "FD", "spatial FD", "KID", "precision", "recall"), lines) + "\n"
+    return markdown(("NFE", "sampler", *columns), lines) + "\n"
 
 
 def learned(cells: Cells, model: str) -> str:
@@ -129,8 +131,10 @@ def pfdiff(cells: Cells, model: str) -> str:
         for name in row["best"].values():
             images = {k.split(" (")[0]: v for k, v in row["images"][name].items() if isinstance(v, dict)}
             shown = [number(images[k], 3) if k in images else "-" for k in ("FD", "spatial FD", "precision", "recall")]
+            shown.append(f"{row['seconds per 1,000 samples'][name]:.3f}")
             lines.append([key.split("/")[2], key.rpartition(" ")[2], name, number(row["errors"][name]["rmse"]), *shown])
-    return markdown(("NFE", "guidance", "sampler", "RMSE", "FD", "spatial FD", "precision", "recall"), lines) + "\n"
+    head = ("NFE", "guidance", "sampler", "RMSE", "FD", "spatial FD", "precision", "recall", "s per 1,000 samples")
+    return markdown(head, lines) + "\n"
 
 
 def guidance(cells: Cells, model: str) -> str:
@@ -202,7 +206,7 @@ def main() -> None:
     for model in models:
         words += [
             f"## {TITLES[model]}",
-            SETTINGS.format(**settings[f"{model}/fit"]),
+            SETTINGS.format(**settings[f"{model}/fit"], fitted=fitted(settings[f"{model}/fit"]["fitting"])),
             "### End-point error",
             errors(cells, model),
             "### Cost of tuning, all budgets at once",

@@ -236,6 +236,24 @@ def test_samplers_are_compared_with_the_floor(tmp_path):
         compare_images([fine], PLAIN, real, 200, seeds=[])
 
 
+def test_samplers_on_the_same_noise_are_told_apart_by_their_difference(tmp_path):
+    plane = Extractor("plane", lambda x: (x.flatten(1), x[:, 0]), limits=None)
+    real = features_of(randn(400, 2, 3, seed=5) * 0.75, plane)
+    tables = {f"euler {n}": tabulate(methods.euler, TimeGrid.uniform(n)) for n in (8, 3, 4)}
+    report = compare_images(tables, PLAIN, real, 200, extractor=plane, out=tmp_path, against="euler 4")
+    rows = {row.name: row.metrics for row in report.rows}
+    assert list(rows) == ["real data", *tables]
+    for kind in ("FD", "spatial FD"):
+        worse, better = (rows[name][f"{kind} - euler 4"] for name in ("euler 3", "euler 8"))
+        values = {name: rows[name][f"{kind} (plane, 200)"] for name in tables}
+        assert worse.value == pytest.approx(values["euler 3"].value - values["euler 4"].value, abs=1e-9)
+        assert better.high < 0 < worse.low
+        assert values["euler 8"].high > values["euler 4"].low  # apart they say nothing
+        assert f"{kind} - euler 4" not in rows["euler 4"]
+    with pytest.raises(ValueError, match="against must be one of euler 8, euler 3, euler 4, got heun"):
+        compare_images(tables, PLAIN, real, 200, extractor=plane, against="heun")
+
+
 # --- bad input ---------------------------------------------------------------------------------------------------------
 
 

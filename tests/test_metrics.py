@@ -91,6 +91,22 @@ def test_the_jackknife_equals_leaving_blocks_out():
     assert half(frechet_estimate(x, y)) == pytest.approx(2.2622 * error, rel=1e-4)
 
 
+def test_what_two_samplers_share_cancels_in_the_difference_of_their_distances():
+    """Rounds with fresh noise: the interval covers the mean difference as often as it says, and is far below the distance's."""
+    y, covered, widths = randn(4000, 3, seed=1), 0, []
+    noises = [randn(300, 3, seed=10 + k) for k in range(40)]
+    differences = [frechet_estimate(1.3 * z, y, minus=1.25 * z) for z in noises]
+    truth = math.fsum(d.value for d in differences) / len(differences)
+    for z, found in zip(noises, differences, strict=True):
+        covered += found.low <= truth <= found.high
+        widths.append(half(found) / half(frechet_estimate(1.3 * z, y)))
+        assert found.value == pytest.approx(frechet(1.3 * z, y) - frechet(1.25 * z, y), rel=1e-9)
+    assert covered >= 34
+    assert max(widths) < 0.5
+    with pytest.raises(ValueError, match=r"as many samples of either sampler, got \(300, 3\), \(299, 3\)"):
+        frechet_estimate(noises[0], y, minus=noises[1][:299])
+
+
 def test_samples_of_ten_classes_in_turn_do_not_make_blocks_of_one_class_each():
     classes = (torch.arange(1000) % 10).double()
     x = torch.stack([3 * classes, randn(1000, seed=5)], dim=1)

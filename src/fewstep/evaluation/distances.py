@@ -47,19 +47,42 @@ def frechet(x: Tensor, y: Tensor) -> float:
     return _ToGaussian(Moments.of(y)).distance(Moments.of(x))
 
 
-def frechet_estimate(x: Tensor, y: Tensor) -> Estimate:
+def frechet_estimate(x: Tensor, y: Tensor, *, minus: Tensor | None = None) -> Estimate:
     """The Frechet distance of generated `x` from real `y`, with a jackknife interval over the generated samples.
 
     The distance of small sets is biased upwards (by about dim^2 / count for like sets): compare equal counts only, and with
     the distance of real samples from real ones at that count.
+
+    Args:
+        x: (count, dim) generated.
+        y: (n, dim) real.
+        minus: (count, dim) what another sampler made of the same noises: its distance is subtracted. Its jackknife leaves out
+            the same noises, so that what the two share cancels, in the value and in the interval.
+
+    Raises:
+        ValueError: `minus` has another shape than `x`.
     """
+    target = _ToGaussian(Moments.of(y))
+    value, parts = _distances(target, x)
+    if minus is not None:
+        if minus.shape != x.shape:
+            raise ValueError(
+                f"a difference needs as many samples of either sampler, got {tuple(x.shape)}, {tuple(minus.shape)}"
+            )
+        other, theirs = _distances(target, minus)
+        value, parts = value - other, [mine - its for mine, its in zip(parts, theirs, strict=True)]
+    return jackknife(value, parts)
+
+
+def _distances(target: "_ToGaussian", x: Tensor) -> tuple[float, list[float]]:
+    """Of all samples, and without one block of them each."""
     x = shuffled(x)
-    target, blocks = _ToGaussian(Moments.of(y)), [Moments.of(x[k::BLOCKS]) for k in range(BLOCKS) if k < len(x)]
+    blocks = [Moments.of(x[k::BLOCKS]) for k in range(BLOCKS) if k < len(x)]
     parts = []
     for k in range(len(blocks)):
         first, *others = blocks[:k] + blocks[k + 1 :]
         parts.append(target.distance(sum(others, start=first)))
-    return jackknife(target.distance(Moments.of(x)), parts)
+    return target.distance(Moments.of(x)), parts
 
 
 class _ToGaussian:

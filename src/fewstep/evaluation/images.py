@@ -1,7 +1,8 @@
 """What generated images are worth beside real ones: every metric with its interval, samplers with their seeds, the floor."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -98,6 +99,7 @@ def compare_images(
     null: Condition | None = None,
     batch: int = 128,
     groups: Mapping[str, Group] | None = None,
+    against: str | None = None,
     out: str | Path | None = None,
     progress: bool = False,
 ) -> Report:
@@ -120,32 +122,60 @@ def compare_images(
         null: see `generate`.
         batch: see `generate`.
         groups: where each name belongs.
+        against: name of one of the samplers: the others get their Frechet distances less its own as well ("FD - NAME"). The
+            noise that they share cancels, so this tells them apart where their own intervals overlap.
         out: see `generate`; one folder serves all samplers and seeds.
         progress: see `generate`.
 
     Raises:
         FewstepError: see `generate` and `image_metrics`; too few real samples.
-        ValueError: no seed, or see `generate` and `image_metrics`.
+        ValueError: no seed, an unknown name in `against`, or see `generate` and `image_metrics`.
     """
     if not seeds:
         raise ValueError("seeds must hold at least one seed")
     extract, named = Extractor.of(extractor), samplers if isinstance(samplers, Mapping) else by_name(samplers)
+    if against is not None and against not in named:
+        raise ValueError(f"against must be one of {', '.join(named)}, got {against}")
     stand_in, reference = split(real, count)
-    rows = [Row(FLOOR, 0, 0, "other", image_metrics(stand_in, reference, metrics=metrics, k=k))]
-    for name, sampler in named.items():
+    rows = {FLOOR: Row(FLOOR, 0, 0, "other", image_metrics(stand_in, reference, metrics=metrics, k=k))}
+    baseline: Sequence[Generated] = ()
+    for name in sorted(named, key=lambda name: name != against):  # the baseline first
         drawn = [
             generate(
-                sampler, model, count, extractor=extract, seed=seed, conditions=conditions, guidance=guidance, null=null,
+                named[name], model, count, extractor=extract, seed=seed, conditions=conditions, guidance=guidance, null=null,
                 batch=batch, out=out, progress=progress,
             )
             for seed in seeds
         ]  # fmt: skip
-        rows.append(image_row(name, drawn, reference, metrics=metrics, k=k, group=(groups or {}).get(name, "other")))
+        row = image_row(name, drawn, reference, metrics=metrics, k=k, group=(groups or {}).get(name, "other"))
+        if against is not None and name != against:
+            row = replace(row, metrics={**row.metrics, **_less(drawn, baseline, reference, row.metrics, against)})
+        elif against is not None:
+            baseline = drawn
+        rows[name] = row
     facts = {
         "extractor": extract.name, "samples": count, "real samples": len(reference), "seeds": list(seeds), "guidance": guidance,
         "k": k,
     }  # fmt: skip
-    return Report("images", tuple(rows), facts)
+    return Report("images", (rows[FLOOR], *(rows[name] for name in named)), facts)
+
+
+def _less(
+    drawn: Sequence[Generated], baseline: Sequence[Generated], real: Features, metrics: Iterable[str], against: str
+) -> dict[str, Estimate]:
+    """The Frechet distances among `metrics` less the baseline's, seed by seed."""
+    found = {}
+    for metric in metrics:
+        kind = metric.partition(" (")[0]
+        if kind in ("FD", "spatial FD"):
+            each = []
+            for one, other in zip(drawn, baseline, strict=True):
+                x, z, y = (f.values if kind == "FD" else f.spatial for f in (one.features, other.features, real))
+                assert x is not None  # else they would have no such metric
+                assert y is not None
+                each.append(frechet_estimate(x, y, minus=z))
+            found[f"{kind} - {against}"] = over_seeds(each)
+    return found
 
 
 def image_row(
