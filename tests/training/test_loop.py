@@ -1,11 +1,13 @@
 """Training: the same weights however often it is stopped and however many processes share it; every mistake in one line."""
 
+import itertools
 import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,7 @@ from fewstep.keyed import Keyed
 from fewstep.path import CondOT
 from fewstep.training import loop
 from fewstep.training.assemble import assemble
-from fewstep.training.batch import Loss
+from fewstep.training.batch import Ahead, Loss
 from fewstep.training.data import FiniteSource, open_source
 from fewstep.training.finish import CURVE, command
 from fewstep.training.loop import learning_rate, train
@@ -513,3 +515,47 @@ def test_a_network_whose_output_has_another_shape_is_named(tmp_path):
 
     with pytest.raises(FieldError, match=r"digits.*\(32, 1, 4, 8\)|\(32, 1, 4, 8\).*"):
         train(TINY, tmp_path, network=Wrong())
+
+
+# --- batches ahead -----------------------------------------------------------------------------------------------------
+
+
+def test_batches_are_made_one_ahead_by_another_thread_and_none_beyond_the_end():
+    made, threads, pieces, parts = [], set(), [(0, 16), (16, 32)], assemble(TINY, open_source("digits"))
+
+    def make(step, start, stop):
+        made.append((step, start, stop))
+        threads.add(threading.current_thread())
+        return parts.batch(step, start, stop, torch.device("cpu"))
+
+    ahead = Ahead(make, pieces, 3)
+    for step, piece in itertools.product(range(3), range(2)):
+        before = len(made)
+        keyed = ahead.take(step, piece).keyed
+        assert (keyed.step, keyed.start, keyed.stop) == (step, *pieces[piece])
+        assert len(made) <= before + 2
+    ahead.close()
+    assert made == [(step, *piece) for step in range(3) for piece in pieces]
+    assert threading.current_thread() not in threads
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_what_making_a_batch_raises_is_raised_where_it_is_taken():
+    def make(step, start, stop):
+        if step == 1:
+            raise FewstepError("broken data")
+        return parts.batch(step, start, stop, torch.device("cpu"))
+
+    parts = assemble(TINY, open_source("digits"))
+    ahead = Ahead(make, [(0, 32)], 3)
+    assert ahead.take(0, 0).keyed.step == 0
+    with pytest.raises(FewstepError, match="broken data"):
+        ahead.take(1, 0)
+    ahead.close()
+
+
+def test_a_run_leaves_no_thread_behind(tmp_path):
+    train(Recipe(data="checkerboard", steps=2, batch=8, width=8, blocks=1), tmp_path / "done")
+    with pytest.raises(FewstepError, match="diverged"):
+        train(Recipe(data="checkerboard", steps=9, batch=8, width=8, blocks=1, lr=1e30, warmup=0, clip=0.0), tmp_path / "nan")
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fewstep")]

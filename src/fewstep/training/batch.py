@@ -1,6 +1,7 @@
 """What one training step works on, and what an objective makes of it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Protocol, runtime_checkable
@@ -36,6 +37,38 @@ class Batch:
         first, last = _span(model.path, model.predicts)
         condition = {} if self.label is None else {model.label_key: self.label}
         return ModelField(model, condition, 1.0, None, None, 1.0, first, last)
+
+
+class Ahead:
+    """A run's batches in order, each made by a thread while the step before it computes.
+
+    Random numbers are keyed, so a batch is the same whoever makes it, and when.
+
+    Args:
+        make: (step, start, stop) -> batch; what it raises, `take` raises.
+        pieces: (start, stop) of the pieces of every step.
+        steps: of the run; nothing is made beyond.
+    """
+
+    def __init__(self, make: Callable[[int, int, int], Batch], pieces: Sequence[tuple[int, int]], steps: int) -> None:
+        self._make, self._pieces, self._steps = make, pieces, steps
+        self._pool = ThreadPoolExecutor(1, "fewstep-batches")
+        self._waiting: dict[tuple[int, int], Future[Batch]] = {}
+
+    def take(self, step: int, piece: int) -> Batch:
+        """This piece; the next one is begun."""
+        mine = self._waiting.pop((step, piece), None) or self._begin(step, piece)
+        following = (step, piece + 1) if piece + 1 < len(self._pieces) else (step + 1, 0)
+        if following[0] < self._steps:
+            self._waiting[following] = self._begin(*following)
+        return mine.result()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def _begin(self, step: int, piece: int) -> Future[Batch]:
+        return self._pool.submit(self._make, step, *self._pieces[piece])
 
 
 @lru_cache(maxsize=64)

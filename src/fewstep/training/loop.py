@@ -6,8 +6,9 @@ an undisturbed one, bit for bit, and several processes see the batches that one 
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from ..field import Model
 from ..keyed import generator
 from ..zoo.checkpoint import CONFIG, WEIGHTS
 from .assemble import Parts, assemble, fresh_network, optimizer_for
-from .batch import Objective
+from .batch import Ahead, Objective
 from .data import Source, open_source
 from .finish import finish, write_curve
 from .measure import held_out_loss, write_preview
@@ -85,6 +86,7 @@ def train(
     with (
         torch.random.fork_rng(devices=[]),
         interrupted() as asked,
+        closing(session.ahead),
         shown(run, steps, recipe.batch, keeping, show_it) as show,
     ):
         late = session.agreed(run.seconds >= keeping.seconds)
@@ -140,6 +142,7 @@ class Session:
         self.several = self.accelerator.num_processes > 1
         self.look = LOOK if self.device.type != "cpu" else 5 if self.several else 1
         self.model = self.parts.model(self.network)
+        self.ahead = Ahead(partial(self.parts.batch, device=self.device), self.shares, self.parts.recipe.steps)
         self.weights = [p for p in self.run.network.parameters() if p.requires_grad]
 
     def advance(self) -> None:
@@ -152,8 +155,8 @@ class Session:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, run.step)
         total = torch.zeros((), device=self.device)
-        for k, (start, stop) in enumerate(self.shares):
-            batch = self.parts.batch(run.step, start, stop, self.device)
+        for k in range(len(self.shares)):
+            batch = self.ahead.take(run.step, k)
             waiting = self.several and k < len(self.shares) - 1  # gradients are exchanged with the last piece only
             with self.accelerator.no_sync(self.network) if waiting else nullcontext():
                 loss = self.parts.objective(self.model, batch).each.mean() / len(self.shares)
