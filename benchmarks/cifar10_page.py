@@ -24,6 +24,10 @@ TITLES = {
     "cifar10-vp": "CIFAR-10, VP with v-prediction",
 }
 EFFORTS = ("fit", "learn")
+NOTES = {
+    "learned": ("Each from 64 noises, of which 16 choose among the iterates.",),
+    "guidance": ("32 noises for each value, for one table as for three.",),
+}
 SETTINGS = "{noises} test noises; {fitted}; {count} images per sampler and seed, {seeds} seeds."
 
 
@@ -34,8 +38,8 @@ def number(estimate: Mapping[str, float], digits: int = 4) -> str:
 
 def fitted(count: int) -> str:
     """How many noises the tuners had."""
-    some = f"{count} noises" if count else "their default number of noises (fit 16, learn and single solvers 32)"
-    return f"tuners fit to {some} and choose by as many"
+    some = f"{count} noises" if count else "its default number of noises (fit 16, learn 32)"
+    return f"`tune` fits to {some} and chooses by as many"
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -216,7 +220,7 @@ def main() -> None:
                  "pfdiff": ("PFDiff and its halves", pfdiff), "guidance": ("A range of guidance", guidance)}  # fmt: skip
         for part, (title, write) in parts.items():
             if budgets(cells, model, part):
-                words += [f"### {title}", write(cells, model)]
+                words += [f"### {title}", *NOTES.get(part, ()), write(cells, model)]
     moved = HERE / "results" / "transfer.json"
     if moved.exists():
         words += [

@@ -6,8 +6,9 @@ import diffusers.schedulers as schedulers
 import pytest
 import torch
 
-from fewstep import EDM, VE, VP, CondOT, Cosine, DiscreteVP, from_diffusers
+from fewstep import EDM, VE, VP, CondOT, Cosine, DiscreteVP, TimeGrid, from_diffusers, methods, reference, tabulate
 from fewstep.stock import Stock, stock_samplers
+from fewstep.zoo.mixtures import mixture
 
 LEVELS = (1 - torch.linspace(1e-4, 0.02, 1000)).cumprod(0)
 PATHS = {"flow": CondOT(), "vp": DiscreteVP(LEVELS), "edm": EDM()}
@@ -66,7 +67,25 @@ def test_a_scheduler_that_cannot_spend_the_budget_is_left_out():
     assert "FlowMatchHeun" not in stock_samplers(CondOT(), 4)
 
 
-@pytest.mark.parametrize("path", [Cosine(), VP(), VE()])
+def test_a_continuous_vp_path_has_the_schedulers_of_its_thousand_levels():
+    """DDIM's own formula on the path's alpha and sigma, and convergence to the path's solution."""
+    found = stock_samplers(VP(), 5)
+    assert len(found) >= 24
+    table = found["DDIM-trailing"].sampler
+    torch.testing.assert_close(table.times, torch.arange(5, dtype=torch.float64) / 5)
+    assert table.provenance.path == repr(VP())
+    field, noise = mixture(torch.tensor([[1.0, 0.5], [-1.0, 0.0]]), torch.tensor(0.04), VP()).given(), torch.randn(256, 2)
+    own = tabulate(methods.ddim(VP()), TimeGrid.uniform(5))
+    torch.testing.assert_close(table(field, noise), own(field, noise), rtol=0, atol=2e-3)  # betas and levels are float32 there
+    end = reference(field, noise).end
+    for name in ("DPMSolverMultistep2-karras", "UniPC2-karras", "LMS"):
+        rough, fine = (
+            float((stock_samplers(VP(), n)[name].sampler(field, noise) - end).square().mean().sqrt()) for n in (7, 35)
+        )
+        assert fine < 0.1 * rough < 0.03
+
+
+@pytest.mark.parametrize("path", [Cosine(), VE()])
 def test_no_stock_scheduler_is_for_another_path(path):
     assert stock_samplers(path, 4) == {}
 

@@ -21,6 +21,7 @@ from fewstep import (
 )
 from fewstep.composite import CountedField, JointField
 from fewstep.coordinates import Coordinates
+from fewstep.trajectory import Solve
 from problems import GaussianFlow, Recorder, ShearedSpiral, SmoothNetwork, gaussian_flow, mixture, randn, rms
 
 PATHS = [CondOT(), Cosine(), VP(), VE(), EDM(), DiscreteVP(torch.linspace(0.9999, 0.003, 400))]
@@ -146,6 +147,34 @@ def test_a_reference_outside_its_clock_is_refused():
 def test_a_reference_that_does_not_converge_says_how_far_it_came():
     with pytest.raises(FieldError, match=r"did not converge: 32 Runge-Kutta steps still change it by .* \(asked for 1e-09\)"):
         reference(lambda x, t: torch.sin(40 * x), randn(4, 2), tol=1e-9, most_steps=32)
+
+
+def test_a_solve_goes_on_from_what_it_has_and_gives_what_a_fresh_one_gives():
+    field, noise = CountedField(ShearedSpiral().velocity), randn(4, 2)
+    solve = Solve(field, noise)
+    coarse = solve.to(1e-2)
+    assert solve.to(1e-1) is coarse
+    before, fine = field.calls, solve.to(1e-7)
+    fresh = reference(ShearedSpiral().velocity, noise, tol=1e-7)
+    assert torch.equal(fine.states, fresh.states)
+    assert (fine.error, fine.nfe) == (fresh.error, fresh.nfe)
+    assert coarse.error > 1e-7 >= fine.error
+    assert field.calls - before == fine.nfe - coarse.nfe > 0
+
+
+def test_steps_that_blow_up_are_passed_over_and_the_estimate_still_rests_on_three_solves():
+    asked = []
+
+    def field(x, t):
+        asked.append(t)
+        return torch.full_like(x, torch.nan) if len(asked) == 1 else -5 * x
+
+    noise = randn(4, 2)
+    solve = Solve(field, noise)
+    solution = solve.to(1.0)  # 4 steps fail, 8 have nothing to be compared with, 16 tell of no order
+    assert len(solution.knots) == 33
+    assert float((solution.end - noise * math.exp(-5.0)).abs().max()) < 1e-4
+    assert 0 < solution.error < 1e-4
 
 
 def test_nan_from_the_network_is_named_by_the_reference():

@@ -16,7 +16,7 @@ import torch
 from ._conventions import convention
 from ._types import BudgetError, NotLinearError
 from ._unit_vectors import as_table, prepared, quiet
-from .path import EDM, AffinePath, CondOT, DiscreteVP
+from .path import EDM, VP, AffinePath, CondOT, DiscreteVP
 from .sampler import Sampler
 
 
@@ -161,6 +161,9 @@ _EDM_ROWS = (
     _Row("EDMDPMSolverMultistep2-exponential", *_EDM_MULTI, {"sigma_schedule": "exponential"}),
 )  # fmt: skip
 
+LEVELS = 1000
+"""Timesteps of the schedulers for a continuous VP path."""
+
 
 def stock_samplers(path: AffinePath, nfe: int) -> dict[str, Stock]:
     """Every stock scheduler that fits `path` and can spend exactly `nfe` network calls, by name.
@@ -170,7 +173,8 @@ def stock_samplers(path: AffinePath, nfe: int) -> dict[str, Stock]:
     most flow modes truncate the network's timesteps to integers is left as shipped: it is worth 1 % of the error.
 
     Args:
-        path: CondOT, `DiscreteVP` or EDM; no stock scheduler is for another path.
+        path: CondOT, `DiscreteVP`, VP (whose schedulers have 1000 of its levels, as DDPM's) or EDM; no stock scheduler is for
+            another path.
         nfe: network calls.
 
     Example:
@@ -215,6 +219,8 @@ def _fitting(path: AffinePath) -> tuple[tuple[_Row, ...], dict[str, Any]]:
         return _FLOW_ROWS, {}
     if isinstance(path, EDM):
         return _EDM_ROWS, {"sigma_min": path.sigma_min, "sigma_max": path.sigma_max}
+    if isinstance(path, VP):  # on these levels both clocks are one
+        path = DiscreteVP(path.coefficients(1.0 - torch.arange(1, LEVELS + 1, dtype=torch.float64) / LEVELS).alpha ** 2)
     if isinstance(path, DiscreteVP):
         before = torch.cat([torch.ones(1, dtype=torch.float64), path.levels[:-1]])
         return _VP_ROWS, {"num_train_timesteps": path.count, "trained_betas": (1.0 - path.levels / before).tolist()}

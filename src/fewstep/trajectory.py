@@ -133,10 +133,9 @@ class Solve:
                 failure = caught  # steps this long may blow up where shorter ones do not
         while self._last is None or not self._last.error <= tol:
             if self._steps >= self._most:
-                error = float("inf") if self._last is None else self._last.error
                 raise FieldError(
-                    f"the reference did not converge: {self._steps} Runge-Kutta steps still change it by {error:.2g} (asked "
-                    f"for {tol:.2g}); raise tol or most_steps, or check that the field is smooth in x and t"
+                    f"the reference did not converge: {self._steps} Runge-Kutta steps still change it by {self._change:.2g} "
+                    f"(asked for {tol:.2g}); raise tol or most_steps, or check that the field is smooth in x and t"
                 )
             try:
                 self._double()
@@ -150,10 +149,10 @@ class Solve:
         self._steps *= 2
         if before is not None:
             self._change = _change(before, now)
-            # The order that the solve really has, between 1 and 4: 4 only where the field is smooth on the scale of a step.
-            error = self._change / (min(max(last_change / max(self._change, 1e-300), 2.0), 16.0) - 1.0)
-            # Two resolutions tell of no order; three do.
-            now = replace(now, error=error if self._steps > 2 * FEWEST_STEPS else float("inf"))
+            if last_change < float("inf"):  # two resolutions tell of no order, three do
+                # The order that the solve really has, from 1 to 4: 4 only where the field is smooth on the scale of a step.
+                order = min(max(last_change / max(self._change, 1e-300), 2.0), 16.0)
+                now = replace(now, error=self._change / (order - 1.0))
         self._last = now
 
     def _at(self, steps: int) -> Reference:

@@ -522,18 +522,21 @@ def test_a_network_whose_output_has_another_shape_is_named(tmp_path):
 
 def test_batches_are_made_one_ahead_by_another_thread_and_none_beyond_the_end():
     made, threads, pieces, parts = [], set(), [(0, 16), (16, 32)], assemble(TINY, open_source("digits"))
+    ready = threading.Event()
 
     def make(step, start, stop):
         made.append((step, start, stop))
         threads.add(threading.current_thread())
+        if len(made) == 2:
+            ready.set()
         return parts.batch(step, start, stop, torch.device("cpu"))
 
     ahead = Ahead(make, pieces, 3)
     for step, piece in itertools.product(range(3), range(2)):
-        before = len(made)
         keyed = ahead.take(step, piece).keyed
         assert (keyed.step, keyed.start, keyed.stop) == (step, *pieces[piece])
-        assert len(made) <= before + 2
+        assert ready.wait(60)  # the second is made though nobody has taken it
+        assert len(made) <= 2 * step + piece + 2
     ahead.close()
     assert made == [(step, *piece) for step in range(3) for piece in pieces]
     assert threading.current_thread() not in threads
@@ -554,8 +557,16 @@ def test_what_making_a_batch_raises_is_raised_where_it_is_taken():
     ahead.close()
 
 
-def test_a_run_leaves_no_thread_behind(tmp_path):
+def test_a_run_leaves_no_thread_behind(tmp_path, monkeypatch):
+    made = []
+
+    def kept(*settings):
+        made.append(Ahead(*settings))  # so that no garbage collection ends its thread
+        return made[-1]
+
+    monkeypatch.setattr(loop, "Ahead", kept)
     train(Recipe(data="checkerboard", steps=2, batch=8, width=8, blocks=1), tmp_path / "done")
     with pytest.raises(FewstepError, match="diverged"):
         train(Recipe(data="checkerboard", steps=9, batch=8, width=8, blocks=1, lr=1e30, warmup=0, clip=0.0), tmp_path / "nan")
+    assert len(made) == 2
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("fewstep")]

@@ -137,7 +137,8 @@ def compare_images(
     if against is not None and against not in named:
         raise ValueError(f"against must be one of {', '.join(named)}, got {against}")
     stand_in, reference = split(real, count)
-    rows = {FLOOR: Row(FLOOR, 0, 0, "other", image_metrics(stand_in, reference, metrics=metrics, k=k))}
+    floor = Row(FLOOR, 0, 0, "other", image_metrics(stand_in, reference, metrics=metrics, k=k))
+    rows: dict[str, Row] = {}
     baseline: Sequence[Generated] = ()
     for name in sorted(named, key=lambda name: name != against):  # the baseline first
         drawn = [
@@ -157,7 +158,7 @@ def compare_images(
         "extractor": extract.name, "samples": count, "real samples": len(reference), "seeds": list(seeds), "guidance": guidance,
         "k": k,
     }  # fmt: skip
-    return Report("images", (rows[FLOOR], *(rows[name] for name in named)), facts)
+    return Report("images", (floor, *(rows[name] for name in named)), facts)
 
 
 def _less(

@@ -138,12 +138,13 @@ class Session:
     seen: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.main, self.device = self.accelerator.is_main_process, self.accelerator.device
-        self.several = self.accelerator.num_processes > 1
-        self.look = LOOK if self.device.type != "cpu" else 5 if self.several else 1
+        self.main, self.several = self.accelerator.is_main_process, self.accelerator.num_processes > 1
         self.model = self.parts.model(self.network)
-        self.ahead = Ahead(partial(self.parts.batch, device=self.device), self.shares, self.parts.recipe.steps)
         self.weights = [p for p in self.run.network.parameters() if p.requires_grad]
+        # Its number too: "cuda" alone is the current device, which is another one in the thread that makes batches.
+        self.device = self.weights[0].device if self.weights else self.accelerator.device
+        self.look = LOOK if self.device.type != "cpu" else 5 if self.several else 1
+        self.ahead = Ahead(partial(self.parts.batch, device=self.device), self.shares, self.parts.recipe.steps)
 
     def advance(self) -> None:
         """One optimiser step."""

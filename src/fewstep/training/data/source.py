@@ -46,7 +46,8 @@ class Source(Protocol):
     def draw(self, keyed: Keyed, total: int) -> tuple[State, Tensor | None]:
         """The samples of rows `keyed.start` to `keyed.stop` of the batch of `total` samples at `keyed.step`.
 
-        Two sources that must not go in step (a pair of distributions) are drawn with different seeds.
+        Two sources that must not go in step (a pair of distributions) are drawn with different seeds. A run calls this in a
+        thread of its own while a step computes: random numbers come from `keyed` alone, never from PyTorch's global generator.
 
         Returns:
             float32 (len(keyed), *shape) on the CPU, and labels int64 (len(keyed),) if there are classes.
