@@ -1,4 +1,4 @@
-"""docs/benchmarks.md and its plots, from the results of cifar10.py (digits.json and cifar10.json) and of transfer.py.
+"""docs/benchmarks.md and its plots, from the results of cifar10.py (digits.json and all cifar10*.json) and of transfer.py.
 
 python benchmarks/cifar10_page.py
 """
@@ -199,9 +199,8 @@ def plot(cells: Cells, models: Sequence[str], out: Path) -> None:
 
 def main() -> None:
     """Write the page."""
-    files = [
-        json.loads(file.read_text()) for name in ("digits", "cifar10") if (file := HERE / "results" / f"{name}.json").exists()
-    ]
+    found = [*(HERE / "results").glob("digits.json"), *sorted((HERE / "results").glob("cifar10*.json"))]
+    files = [json.loads(file.read_text()) for file in found]
     cells = {name: cell for held in files for name, cell in held["cells"].items()}
     settings = {name: held["config"] for held in files for name in held["cells"]}
     models = [m for m in TITLES if f"{m}/fit" in cells]
