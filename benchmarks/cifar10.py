@@ -279,10 +279,12 @@ def learned(case: Case, nfe: int, rows: Rows) -> Row:
 
 
 def distances(case: Case, nfe: int, rows: Rows) -> Row:
-    """Images of the best stock scheduler, of the fit and of the learned table."""
+    """Images of the best stock scheduler, of the fit and of the learned table, as far as they are there."""
     tables = {"best stock": _table(rows[f"{case.name}/stock/{nfe}"]["table"])}
     for effort in ("fit", "learn"):
-        tables[f"tune --effort {effort}"] = _table(rows[f"{case.name}/{effort}"][str(nfe)]["table"])
+        made = rows.get(f"{case.name}/{effort}", {}).get(str(nfe))  # with --only one of them may not have been made
+        if made:
+            tables[f"tune --effort {effort}"] = _table(made["table"])
     return case.images(tables, against="best stock")
 
 

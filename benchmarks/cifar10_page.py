@@ -19,7 +19,7 @@ Cells = Mapping[str, Any]
 TITLES = {
     "digits": "Digits (bundled, 8 x 8)",
     "digits-vp": "Digits, VP with v-prediction (trained by the benchmark)",
-    "digits-edm": "Digits, EDM's path and preconditioning (trained by the benchmark)",
+    "digits-edm": "Digits, EDM-preconditioned (trained by the benchmark)",
     "cifar10-flow": "CIFAR-10, flow (CondOT)",
     "cifar10-vp": "CIFAR-10, VP with v-prediction",
 }
@@ -180,13 +180,16 @@ def plot(cells: Cells, models: Sequence[str], out: Path) -> None:
             if rows:
                 top.plot(known, [r["value"] for r in rows], "o-", color=color, label=f"tune --effort {effort}")
                 top.fill_between(known, [r["low"] for r in rows], [r["high"] for r in rows], color=color, alpha=0.15)
-        top.set(yscale="log", title=TITLES[model], ylabel="RMSE to the converged solution" if column == 0 else "", xticks=steps)
+        top.set(yscale="log", title=TITLES[model].partition(" (")[0], xticks=steps)
+        top.set(ylabel="" if column else "RMSE to the converged solution")
         shown = budgets(cells, model, "images")
         names = {"best stock": "0.45", "tune --effort fit": "tab:blue", "tune --effort learn": "tab:red"}
         for name, color in names.items():
-            found = [next(v for k, v in cells[f"{model}/images/{n}"][name].items() if k.startswith("FD")) for n in shown]
+            known = [n for n in shown if name in cells[f"{model}/images/{n}"]]
+            found = [next(v for k, v in cells[f"{model}/images/{n}"][name].items() if k.startswith("FD")) for n in known]
             spread = [[v["value"] - v["low"] for v in found], [v["high"] - v["value"] for v in found]]
-            bottom.errorbar(shown, [v["value"] for v in found], spread, fmt="o-", color=color, capsize=2)
+            bottom.errorbar(known, [v["value"] for v in found], spread, fmt="o-", color=color, capsize=2)
+        bottom.set_visible(bool(shown))
         if shown:
             floor = next(v for k, v in cells[f"{model}/images/{shown[0]}"]["real data"].items() if k.startswith("FD"))
             bottom.axhline(floor["value"], color="k", lw=0.8, ls=":")

@@ -114,7 +114,7 @@ class Climb:
         rows = self._measured(test, chosen)
         best = min(row.metrics["rmse"].value for row in rows)
         while test.solution.error > best / 10:  # a reference must be ten times better than what it judges
-            test = self._test_problem("test, finer", best / 20)
+            test = self._test_problem("test, finer", best / 10)
             rows = self._measured(test, chosen)
             best = min(row.metrics["rmse"].value for row in rows)
         with self.stages("rivals", self.open, measures=True):
