@@ -186,14 +186,6 @@ def test_tables_are_named_after_the_method_that_made_their_grid():
         assert [tuner(field, noise, nfe=3).provenance.method for tuner in several] == [name] * len(several)
 
 
-def test_grid_families_take_the_grid_of_gits():
-    from fewstep.candidates import grids
-
-    boss, gits = TimeGrid([0.0, 0.3, 1.0]), TimeGrid([0.0, 0.4, 1.0])
-    assert grids(2, CondOT(), boss, gits).keys() - grids(2, CondOT()).keys() == {"boss", "gits"}
-    assert grids(2, CondOT(), gits=gits)["gits"] is gits
-
-
 @pytest.mark.parametrize("discount", [0.0, -1.0, math.inf, math.nan])
 def test_a_discount_that_is_not_positive_is_refused(discount):
     for work in (lambda: Boss(discount=discount), lambda: bellman(np.ones((4, 4)), 2, discount=discount)):
