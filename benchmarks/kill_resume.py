@@ -55,7 +55,7 @@ def worker(out: Path, steps: int, every: int, resume: bool) -> None:
 
     this = recipe(steps)
     source = Telling(open_source(this.data, hold_out=this.hold_out))
-    train(this, out, data=source, resume=resume, keeping=Keeping(every=every))  # type: ignore[arg-type]
+    train(this, out, data=source, resume=resume, keeping=Keeping(every=every))  # type: ignore[arg-type]  # passes on what it wraps
 
 
 @dataclass

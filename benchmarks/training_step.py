@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.training import loop
-from fewstep.training.assemble import fresh_network
+from fewstep.training.assemble import first_network
 from fewstep.training.data import FiniteSource
 from fewstep.training.recipe import RECIPES, Keeping, Recipe
 
@@ -110,7 +110,7 @@ def bare_step(network: nn.Module, source: FiniteSource, recipe: Recipe, device: 
         optimizer.zero_grad()
         if ema:
             with torch.no_grad():
-                torch._foreach_lerp_(average, weights, 1 - recipe.ema)  # type: ignore[reportPrivateImportUsage]
+                torch._foreach_lerp_(average, weights, 1 - recipe.ema)  # type: ignore[reportPrivateImportUsage]  # no public name
 
     return step
 
@@ -161,7 +161,7 @@ def contestants(name: str, folder: Path) -> dict[str, Step]:
     assert isinstance(source, FiniteSource)
 
     def fresh() -> nn.Module:
-        return fresh_network(recipe, source).to(device).train()
+        return first_network(run.parts).to(device).train()
 
     found = {
         "fewstep": fewstep_step(run),

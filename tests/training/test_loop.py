@@ -289,6 +289,34 @@ def test_the_folder_is_a_model_with_its_record(tmp_path):
     assert zoo.load(tmp_path).path == CondOT()
 
 
+def test_a_run_starts_from_the_weights_of_a_model(tmp_path):
+    train(TINY, tmp_path / "first")
+    still = replace(TINY, start=str(tmp_path / "first"), steps=1, lr=1e-30, weight_decay=0.0, dropout=0.5)
+    train(still, tmp_path / "second")
+    first, second = (load_file(tmp_path / name / WEIGHTS) for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    train(replace(still, start=str(tmp_path / "second")), tmp_path / "third")
+    records = [zoo.training_record(tmp_path / name) for name in ("first", "second", "third")]
+    assert [r.start for r in records] == [None, *records[:2]]
+    assert zoo.training_passes(tmp_path / "third") == sum(r.network_passes for r in records)
+    card = (tmp_path / "third" / "README.md").read_text()
+    assert all(record.command in card for record in records)
+
+
+def test_only_a_model_of_the_same_settings_can_be_started_from(tmp_path):
+    train(replace(TINY, steps=1), tmp_path / "first")
+    started = replace(TINY, start=str(tmp_path / "first"))
+    with pytest.raises(FewstepError, match=r"path is CondOT\(\) there and VP.*; width is 16 there and 24 here"):
+        train(replace(started, path="VP()", width=24), tmp_path / "second")
+    with pytest.raises(FewstepError, match=r"raw is plain there and edm here.*sigma_data is None there and 0.4 here"):
+        train(replace(started, path="EDM()", predicts="data", raw="edm", sigma_data=0.4), tmp_path / "second")
+    with pytest.raises(FewstepError, match="unknown model"):
+        train(replace(TINY, start="nothing-here"), tmp_path / "second")
+    with pytest.raises(FewstepError, match="start would do nothing to a network of your own"):
+        train(started, tmp_path / "second", network=ResidualMLP((1, 8, 8), 10, 16, 1))
+
+
 def test_the_command_of_a_recipe_gives_the_recipe_back():
     recipe = replace(RECIPES["cifar10-vp"], attention=False, channels=(8, 16), flip=False, data="a b")
     assert command(recipe) == "fewstep train --recipe cifar10-vp --data 'a b' --no-flip --channels 8,16 --no-attention"

@@ -78,7 +78,8 @@ class Features:
         """
         try:
             with safe_open(file, "pt") as stored:
-                words, found = stored.metadata() or {}, {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+                words = stored.metadata() or {}
+                found = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it has no iterator
             low_high = tuple(float(word) for word in words["limits"].split())
             shape = tuple(int(word) for word in words["shape"].split())
             limits = (low_high[0], low_high[1]) if low_high else None

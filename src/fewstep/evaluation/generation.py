@@ -155,7 +155,8 @@ class Draw:
         label = torch.tensor(rows) if rows and isinstance(rows[0], int) else None
         merged: dict[str, Any] = {}
         if rows and label is None:
-            merged = {key: _merged(key, [row[key] for row in rows]) for key in rows[0]}  # type: ignore[index,union-attr]
+            mappings = [row for row in rows if not isinstance(row, int)]  # all of them: `of` refuses a mixture
+            merged = {key: _merged(key, [row[key] for row in mappings]) for key in mappings[0]}
         return self.model.given(label, guidance=self.guidance, condition=merged, null=self.null)
 
     def images(self, which: range) -> Iterator[Tensor]:

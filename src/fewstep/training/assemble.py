@@ -15,12 +15,13 @@ from ..artifact import path_from_repr
 from ..field import Model, adapt
 from ..keyed import Keyed, generator
 from ..path import AffinePath
-from ..zoo.networks import build
+from ..zoo import load
+from ..zoo.networks import build, kind_of
 from .batch import Batch, Objective
 from .coupling import COUPLINGS, Coupling
 from .data import Source
 from .objective import FlowAndDivergence, Regression
-from .recipe import Recipe
+from .recipe import Recipe, changed
 from .timelaw import LAWS, TimeLaw, draw_times
 
 
@@ -135,11 +136,34 @@ def assemble(recipe: Recipe, data: Source, source: Source | None = None, objecti
     return Parts(recipe, data, source, path, objective, base, coupling, law, model)
 
 
-def fresh_network(recipe: Recipe, data: Source) -> nn.Module:
-    """The recipe's network with the seed's first weights."""
+def first_network(parts: Parts) -> nn.Module:
+    """The recipe's network with its first weights: those of the model it starts from, or the seed's.
+
+    Raises:
+        FewstepError: a model to start from that is another one than the recipe's.
+    """
+    recipe, data = parts.recipe, parts.data
     with torch.random.fork_rng(devices=[]):
         torch.random.set_rng_state(generator(recipe.seed, "weights").get_state())
-        return build(recipe.network, data.shape, data.classes or 0, recipe.network_options())
+        network = build(recipe.network, data.shape, data.classes or 0, recipe.network_options())
+    if recipe.start:
+        first = load(recipe.start)
+        if differing := changed(_identity(first), _identity(parts.model(network))):
+            each = "; ".join(f"{name} is {a} there and {b} here" for name, (a, b) in differing.items())
+            raise FewstepError(f"cannot start from {recipe.start}: {each}; start from a model of the same settings")
+        assert isinstance(first.network, nn.Module)  # of the same kind as ours
+        network.load_state_dict(first.network.state_dict())
+    return network
+
+
+def _identity(model: Model) -> dict[str, Any]:
+    """What two models must share for the weights of one to mean the same in the other."""
+    facts = {"path": model.path, "predicts": model.predicts, "raw": model.raw, "shape": model.shape, "classes": model.classes}
+    if model.raw == "edm":
+        facts["sigma_data"] = model.sigma_data
+    kind = kind_of(model.network)
+    options = getattr(model.network, "config", {}) if kind else {}
+    return facts | {"network": kind} | {name: value for name, value in options.items() if name != "dropout"}
 
 
 def optimizer_for(network: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ from safetensors.torch import save as save_tensors
 from .._disk import atomic_write
 from ..field import Model
 from ..outputs import picture
+from ..zoo import training_record as training_record_of
 from ..zoo.checkpoint import WEIGHTS, Precision, TrainingRecord, save_model
 from .assemble import Parts
 from .measure import draw
@@ -69,6 +70,7 @@ def training_record(run: Run, parts: Parts) -> TrainingRecord:
         hours=run.seconds / 3600,
         cpu_hours=run.cpu_seconds / 3600,
         losses=losses,
+        start=training_record_of(recipe.start) if recipe.start else None,
         versions=versions() | {"numpy": np.__version__, "machine": platform.machine(), "device": _device(run)},
     )
 
@@ -106,12 +108,23 @@ def card(model: Model, record: TrainingRecord, run: Run, size: int, *, drawn: bo
         f"## Cost\n\n{record.steps:,} steps{stopped}, {record.samples:,} samples, {record.network_passes:,} network passes (a "
         f"forward and backward pass counted as three), {record.hours:.2f} hours on the clock and {record.cpu_hours:.2f} of "
         f"processor time on {record.versions['device']}.",
+        f"It started from the model `{record.recipe['start']}`{_before(record.start)}." if record.recipe["start"] else "",
         f"Losses at the end: {losses}." if losses else "",
         "![Loss curve](curve.png)",
         "Versions: " + ", ".join(f"{k} {v}" for k, v in record.versions.items()) + ".",
         f"## Recipe\n\n| setting | value |\n|---|---|\n{settings}",
     ]
     return "\n\n".join(filter(None, lines)) + "\n"
+
+
+def _before(record: TrainingRecord | None) -> str:
+    if record is None:
+        return ""
+    cost = (
+        f"{record.samples:,} samples, {record.network_passes:,} network passes, {record.cpu_hours:.2f} hours of processor time"
+    )
+    further = f" from `{record.recipe.get('start')}`{_before(record.start)}" if record.start else ""
+    return f", which `{record.command}` trained ({cost}, beside the above){further}"
 
 
 def _device(run: Run) -> str:

@@ -19,7 +19,7 @@ from .._types import FewstepError
 from ..field import Model
 from ..keyed import generator
 from ..zoo.checkpoint import CONFIG, WEIGHTS
-from .assemble import Parts, assemble, fresh_network, optimizer_for
+from .assemble import Parts, assemble, first_network, optimizer_for
 from .batch import Ahead, Objective
 from .data import Source, open_source
 from .finish import finish, write_curve
@@ -262,11 +262,15 @@ def _begin(
         raise FewstepError(f"{out} holds a finished model; choose another --out")
     accelerator = accelerator_for(recipe, keeping, out)
     shares = shares_of(recipe, accelerator.process_index, accelerator.num_processes)
+    if network is not None and recipe.start:
+        raise FewstepError(
+            "the recipe's start would do nothing to a network of your own; load its weights before, or leave it out"
+        )
     if data is not None:
         same_as_given(recipe, data)
     found = data if data is not None else data_of(recipe, skip_unreadable=skip_unreadable)
     parts = assemble(recipe, found, open_source(recipe.source) if recipe.source else None, objective)
-    made = network if network is not None else fresh_network(recipe, parts.data)
+    made = network if network is not None else first_network(parts)
     made.to(accelerator.device).train()
     bare = optimizer_for(made, recipe)
     run = Run.begin(plain(recipe), made, bare, recipe.ema)  # before the wrapping, whose autocast the average must not inherit

@@ -72,6 +72,8 @@ class Recipe:
     probes: Literal["rademacher", "gaussian"] = "rademacher"
     """Law of its random probes."""
 
+    start: str = ""
+    """Model whose weights are the first ones: a folder that fewstep train left, of this network and path; default: random."""
     network: Literal["mlp", "unet2d", "unet1d", "dit"] = "mlp"
     """Architecture; the next eight set what it has of them."""
     width: int | None = None

@@ -175,8 +175,9 @@ def versions() -> dict[str, str]:
 
 def _read(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
-        with safe_open(str(file), framework="pt") as opened:  # type: ignore[no-untyped-call]
-            header, tensors = opened.metadata() or {}, {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        with safe_open(str(file), framework="pt") as opened:  # type: ignore[no-untyped-call]  # from Rust
+            header = opened.metadata() or {}
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it has no iterator
         missing = {"recipe", "step", "curve"} - json.loads(header["run"]).keys() or {"torch"} - json.loads(
             header["versions"]
         ).keys()

@@ -45,7 +45,7 @@ class Bespoke:
     Attributes:
         base: "euler" (4 n - 1 numbers, n = NFE) or "midpoint" (8 n - 1 numbers, n = NFE / 2).
         training: "end_to_end" on the end point's error, "bound" on the paper's bound of it (eq. 26), or "both" in turn. The
-            bound is the weaker objective (docs/tuning.md); it is here to compare with.
+            bound is the weaker objective (docs/benchmarks.md); it is here to compare with.
         iterations: Gauss-Newton iterations of the end-to-end training.
         bound_iterations: Adam iterations on the bound.
         rate: their learning rate.

@@ -23,6 +23,7 @@ __all__ = [
     "read_config",
     "save_model",
     "training_passes",
+    "training_record",
 ]
 
 _HERE = Path(__file__).parent
@@ -70,6 +71,28 @@ def load(name: str | Path) -> Model:
 def training_passes(name: str | Path) -> int | None:
     """Network passes (one sample, a forward and backward pass counted as three) that training this model took.
 
+    Those of the model that it started from are among them.
+
+    Args:
+        name: as for `load`.
+
+    Returns:
+        None where it is not known, as for a function of yours.
+
+    Raises:
+        ArtifactError: the directory does not hold a sound model.
+    """
+    record, passes = training_record(name), 0
+    if record is None:
+        return None
+    while record is not None:
+        passes, record = passes + record.network_passes, record.start
+    return passes
+
+
+def training_record(name: str | Path) -> TrainingRecord | None:
+    """How a model's weights came about.
+
     Args:
         name: as for `load`.
 
@@ -80,8 +103,7 @@ def training_passes(name: str | Path) -> int | None:
         ArtifactError: the directory does not hold a sound model.
     """
     directory = _directory(name)
-    training = None if directory is None else read_config(directory).training
-    return None if training is None else training.network_passes
+    return None if directory is None else read_config(directory).training
 
 
 def _directory(name: str | Path) -> Path | None:

@@ -56,6 +56,7 @@ class TrainingRecord(Strict):
         cpu_hours: processor time of the same, which does not depend on what else the machine did.
         losses: final losses by name.
         versions: of the packages that decide the numbers.
+        start: the same of the model whose weights were the first ones; its cost comes on top.
     """
 
     command: str
@@ -69,6 +70,7 @@ class TrainingRecord(Strict):
     cpu_hours: Annotated[float, Field(ge=0)]
     losses: dict[str, float]
     versions: dict[str, str]
+    start: "TrainingRecord | None" = None
 
 
 class ModelConfig(Strict):

@@ -33,15 +33,15 @@ class Source(Protocol):
     """
 
     @property
-    def shape(self) -> tuple[int, ...]: ...  # noqa: D102  # see the attributes above
+    def shape(self) -> tuple[int, ...]: ...  # noqa: D102  # above
     @property
-    def classes(self) -> int | None: ...  # noqa: D102
+    def classes(self) -> int | None: ...  # noqa: D102  # above
     @property
-    def size(self) -> int | None: ...  # noqa: D102
+    def size(self) -> int | None: ...  # noqa: D102  # above
     @property
-    def description(self) -> str: ...  # noqa: D102
+    def description(self) -> str: ...  # noqa: D102  # above
     @property
-    def data_range(self) -> tuple[float, float] | None: ...  # noqa: D102
+    def data_range(self) -> tuple[float, float] | None: ...  # noqa: D102  # above
 
     def draw(self, keyed: Keyed, total: int) -> tuple[State, Tensor | None]:
         """The samples of rows `keyed.start` to `keyed.stop` of the batch of `total` samples at `keyed.step`.
