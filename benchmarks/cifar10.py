@@ -253,6 +253,7 @@ def learned(case: Case, nfe: int, rows: Rows) -> Row:
         tuners |= {
             "Bespoke RK1": Bespoke("euler"),
             "Bespoke RK2": Bespoke("midpoint"),
+            "Bespoke RK2, identity start": Bespoke("midpoint", widths=(1.0,)),
             "Bespoke RK2, log loss": Bespoke("midpoint", log_loss=True),
             "Bespoke RK2, bound": Bespoke("midpoint", training="bound"),
         }

@@ -281,7 +281,30 @@ def test_the_preconditioned_table_is_euler_at_the_papers_times(sigma0):
         assert rms(table(network, noise) - x) < 1e-13
 
 
+@pytest.mark.parametrize("calls", [1, 2, 8])
+@pytest.mark.parametrize("sigma0", [0.3, 1.0, 5.0])
+def test_a_transformation_is_made_again_from_its_numbers(calls, sigma0):
+    for q in (ScaleTime.widened(calls, sigma0), random_transformation(calls)):
+        again = ScaleTime.of(q.theta)
+        assert all(torch.allclose(getattr(again, k), getattr(q, k), rtol=1e-12, atol=1e-12) for k in ("t", "dt", "s", "ds"))
+    assert torch.allclose(ScaleTime.widened(calls, 1.0).theta, torch.zeros(4 * calls - 1).double(), rtol=0, atol=1e-12)
+
+
 # Training
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_training_starts_from_the_best_of_the_widths():
+    field, noise = cloud(), randn(48, 4)
+    split = len(noise) - round(0.25 * len(noise))
+    fitting = Problem(field, noise, reference(field, noise, tol=1e-4)).part(0, split)
+    widths = (0.5, 1.0, 3.0)
+    errors = [fitting.score(table_of(ScaleTime.widened(8, width), "midpoint")) for width in widths]
+    start = table_of(ScaleTime.widened(8, widths[errors.index(min(errors))]), "midpoint")
+    with pytest.warns(UserWarning, match="no step improved bespoke-midpoint"):
+        kept = Bespoke(widths=widths, iterations=0)(field, noise, nfe=8)
+    assert torch.allclose(kept.b, start.b, rtol=0, atol=1e-12)
+    assert len(set(errors)) == 3
 
 
 @pytest.mark.parametrize("training", ["end_to_end", "bound", "both"])
@@ -354,6 +377,12 @@ def test_an_odd_budget_is_refused_for_the_midpoint_base(nfe, near):
         Bespoke()(lambda x, t: -x, randn(32, 4), nfe=nfe)
 
 
+@pytest.mark.parametrize("widths", [(), (1.0, 0.0), (float("nan"),)])
+def test_widths_that_are_none_are_refused(widths):
+    with pytest.raises(FieldError, match=r"widths must be positive numbers, such as \(1.0,\), got"):
+        Bespoke(widths=widths)(lambda x, t: -x, randn(32, 4), nfe=4)
+
+
 @pytest.mark.parametrize("training", ["end_to_end", "bound", "both"])
 @pytest.mark.usefixtures("unchecked")
 def test_a_reference_that_is_less_accurate_than_the_base_is_refused(training):
@@ -370,5 +399,5 @@ def test_a_reference_that_is_less_accurate_than_the_base_is_refused(training):
 def test_training_on_the_bound_that_diverges_gives_the_base_back_and_says_so():
     field, noise = cloud(), randn(24, 4)
     with pytest.warns(UserWarning, match="the bound improved nothing on held-out noise"):
-        tuned = Bespoke(training="bound", rate=1e3, bound_iterations=30)(field, noise, nfe=4)
+        tuned = Bespoke(training="bound", widths=(1.0,), rate=1e3, bound_iterations=30)(field, noise, nfe=4)
     assert torch.allclose(tuned.b, tabulate(methods.midpoint, TimeGrid.uniform(2)).b, rtol=0, atol=1e-14)

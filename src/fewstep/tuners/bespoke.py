@@ -7,11 +7,10 @@ midpoint method. What comes out is a table like any other.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .._tabulate import write_table
-from .._types import BudgetError, Field, State
+from .._types import BudgetError, Field, FieldError, State
 from ..composite import start_scale
 from ..grid import TimeGrid
 from ..sampler import Sampler
@@ -28,14 +27,8 @@ def table_of(q: ScaleTime, base: Base, scale: float = 1.0) -> Sampler:
 
 
 def precondition(nfe: int, sigma0: float) -> Sampler:
-    """Euler on the path whose noise is wider by `sigma0` (2403.01329, eq. 14), on CondOT: t_r = r / (r + sigma0 (1 - r)).
-
-    The start scale of that path is undone at once: s_0 x_0 = sigma0 x_0, s_1 = 1.
-    """
-    r = torch.arange(nfe + 1, dtype=torch.float64) / nfe
-    s = r + sigma0 * (1 - r)
-    dt, ds = sigma0 / s[:-1] ** 2, torch.full((nfe,), 1.0 - sigma0, dtype=torch.float64)
-    return table_of(ScaleTime(r / s, dt, s / sigma0, ds / sigma0), "euler").named(f"preconditioned({sigma0:g})")
+    """Euler on the path whose noise is wider by `sigma0`, see `ScaleTime.widened`."""
+    return table_of(ScaleTime.widened(nfe, sigma0), "euler").named(f"preconditioned({sigma0:g})")
 
 
 @dataclass(frozen=True)
@@ -46,6 +39,8 @@ class Bespoke:
         base: "euler" (4 n - 1 numbers, n = NFE) or "midpoint" (8 n - 1 numbers, n = NFE / 2).
         training: "end_to_end" on the end point's error, "bound" on the paper's bound of it (eq. 26), or "both" in turn. The
             bound is the weaker objective (docs/benchmarks.md); it is here to compare with.
+        widths: of the noise of the paths that training may start from, see `ScaleTime.widened`: the one whose table has the
+            lowest error is taken. (1.0,) is the identity, the paper's start.
         iterations: Gauss-Newton iterations of the end-to-end training.
         bound_iterations: Adam iterations on the bound.
         rate: their learning rate.
@@ -54,12 +49,13 @@ class Bespoke:
         holdout: share of the noise that only chooses among the iterates.
         tol: tolerance of the reference solution.
 
-    Costs per sample: the reference's calls; per Gauss-Newton iteration about (4 n - 1) n or (8 n - 1) 2 n field calls; per
-    iteration on the bound the calls of one sample, forward and backward, all steps in one batch.
+    Costs per sample: the reference's calls; those of one sample per width; per Gauss-Newton iteration about (4 n - 1) n or
+    (8 n - 1) 2 n field calls; per iteration on the bound those of one sample, forward and backward, all steps in one batch.
     """
 
     base: Base = "midpoint"
     training: Training = "end_to_end"
+    widths: tuple[float, ...] = (0.5, 0.7, 1.0, 1.4, 2.0)
     iterations: int = 12
     bound_iterations: int = 200
     rate: float = 1e-2
@@ -69,22 +65,24 @@ class Bespoke:
     tol: float = 1e-4
 
     def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
-        """The learnt table; the base method's own, with a warning, if nothing improves it on held-out noise.
+        """The learnt table, or the one to start from, with a warning, if nothing improves it on held-out noise.
 
         Raises:
             BudgetError: an odd `nfe` for the midpoint base.
-            FieldError: too little noise, or a reference that is not accurate enough.
+            FieldError: no width, or one that is not positive; too little noise; a reference that is not accurate enough.
         """
         if nfe % STAGES[self.base]:
             near = f"budgets to {nfe} are {nfe - 1} and {nfe + 1}" if nfe > 1 else "budget to 1 is 2"
             raise BudgetError(f"bespoke-midpoint makes two calls per step; the nearest {near}")
+        if not self.widths or not all(0.0 < width < float("inf") for width in self.widths):
+            raise FieldError(f"widths must be positive numbers, such as (1.0,), got {self.widths}")
         fitting, held = halves(field, noise, numbers=4 * nfe - 1, holdout=self.holdout, tol=self.tol)
         scale = start_scale(field)
 
         def write(theta: Tensor) -> Sampler:
             return table_of(ScaleTime.of(theta), self.base, scale)
 
-        theta = torch.zeros(4 * nfe - 1, dtype=torch.float64)
+        theta = min((ScaleTime.widened(nfe, width).theta for width in self.widths), key=lambda q: fitting.score(write(q)))
         table = write(theta)
         judgeable(table, held)
         if self.training != "end_to_end":

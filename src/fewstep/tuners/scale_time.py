@@ -47,6 +47,22 @@ class ScaleTime:
         t, dt, s, ds = theta.split([m - 1, m, m, m])
         return ScaleTime(knots_of(t), torch.nn.functional.softplus(dt + ONE), torch.cat([s.new_ones(1), s.exp()]), ds)
 
+    @staticmethod
+    def widened(calls: int, sigma0: float) -> "ScaleTime":
+        """To the path whose noise is wider by `sigma0` (2403.01329, eq. 14), on CondOT: t_r = r / (r + sigma0 (1 - r)).
+
+        The start scale of that path is undone at once: s_0 x_0 = sigma0 x_0. A width of one is the identity.
+        """
+        r = torch.arange(calls + 1, dtype=torch.float64) / calls
+        s = r + sigma0 * (1 - r)
+        return ScaleTime(r / s, sigma0 / s[:-1] ** 2, s / sigma0, torch.full_like(r[1:], (1.0 - sigma0) / sigma0))
+
+    @property
+    def theta(self) -> Tensor:
+        """(4 m - 1,) the numbers that `of` makes this from."""
+        gaps = self.t.diff()
+        return torch.cat([(gaps[:-1] / gaps[-1]).log(), self.dt.expm1().log() - ONE, self.s[1:].log(), self.ds])
+
     @property
     def calls(self) -> int:
         """How many calls a method makes on it: m."""
