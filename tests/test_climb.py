@@ -6,7 +6,7 @@ import torch
 
 from fewstep import CountedField, JointField, Sampler, adapt, load, tune
 from fewstep._errors import BudgetError, FieldError
-from fewstep.ladder import TEST, draw, enough
+from fewstep.ladder import TEST, Climb, draw, enough
 from fewstep.trajectory import reference
 from fewstep.zoo.mixtures import mixture, ring
 
@@ -96,6 +96,25 @@ def test_learning_goes_on_from_the_fit_at_no_cost_and_is_better_on_fresh_noise(t
     noise = torch.randn(200, *field.model.shape, generator=torch.Generator().manual_seed(77))
     end = reference(field, noise, tol=1e-3).end
     assert rmse(learned[4](field, noise), end) < 0.9 * rmse(fitted(field, noise), end)
+
+
+def test_what_is_found_in_several_goes_is_what_is_found_in_one(tmp_path, monkeypatch):
+    """Scores by coarser references are not mistaken for those by the finer ones that a later effort or budget asks for."""
+    model, kept = load("digits"), Climb._score
+
+    def checked(self, name, n, sampler):
+        assert kept(self, name, n, sampler) == self.selection.score(sampler, self.metric)
+        return kept(self, name, n, sampler)
+
+    monkeypatch.setattr(Climb, "_score", checked)
+    tune(model, nfe=8, noise=32, effort="search", resume=tmp_path)
+    tune(model, nfe=(4, 8), noise=32, effort="fit", resume=tmp_path)
+    several = tune(model, nfe=(4, 8), noise=32, effort="learn", resume=tmp_path)
+    whole = tune(model, nfe=(4, 8), noise=32, effort="learn")
+    for n in (4, 8):
+        assert torch.equal(several[n].b, whole[n].b)
+        assert torch.equal(several[n].times, whole[n].times)
+        assert several[n].provenance == whole[n].provenance
 
 
 def test_more_budgets_in_the_same_folder_still_have_all_grids(tmp_path):

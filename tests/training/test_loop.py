@@ -8,9 +8,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ from fewstep.training.assemble import assemble
 from fewstep.training.batch import Ahead, Loss
 from fewstep.training.data import FiniteSource, open_source
 from fewstep.training.finish import CURVE, command
-from fewstep.training.loop import learning_rate, train
+from fewstep.training.loop import Session, learning_rate, train
 from fewstep.training.measure import held_out_loss
 from fewstep.training.objective import Regression
 from fewstep.training.recipe import RECIPES, Keeping, Recipe, plain
@@ -128,6 +130,15 @@ def test_processes_agree_when_their_time_is_over(tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert zoo.read_config(tmp_path).training.steps % 5 == 0  # type: ignore[union-attr]
+
+
+def test_processor_time_is_that_of_all_processes(tmp_path, monkeypatch):
+    """A clock that ticks once per look gives every step a second; of two equal processes that is two."""
+    ticks = itertools.count()
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=time.perf_counter, process_time=lambda: next(ticks)))
+    monkeypatch.setattr(Session, "_reduced", lambda _, values, how: {"sum": 2 * values, "mean": values}[how])
+    train(TINY, tmp_path, keeping=OFTEN)
+    assert zoo.training_record(tmp_path).cpu_hours == pytest.approx(2 * TINY.steps / 3600)
 
 
 def test_what_belongs_to_the_machine_does_not_change_the_weights(tmp_path):

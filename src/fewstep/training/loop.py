@@ -122,7 +122,8 @@ class Session:
         keeping: see `train`.
         own: whether the network is the recipe's, so that the model can be saved whole.
         losses: 0-d losses of the steps since the last look.
-        seen: their sum and number since the last point of the curve.
+        seen: those since the last point of the curve.
+        cpu_seconds: processor time of this process since the last checkpoint.
     """
 
     parts: Parts
@@ -136,6 +137,7 @@ class Session:
     own: bool
     losses: list[Tensor] = field(default_factory=list)
     seen: list[float] = field(default_factory=list)
+    cpu_seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.main, self.several = self.accelerator.is_main_process, self.accelerator.num_processes > 1
@@ -171,7 +173,7 @@ class Session:
         run.step += 1
         run.passes += round(recipe.batch * self.parts.passes)
         run.seconds += time.perf_counter() - wall
-        run.cpu_seconds += time.process_time() - cpu
+        self.cpu_seconds += time.process_time() - cpu
         self.losses.append(total)
 
     def check_losses(self) -> None:
@@ -202,6 +204,8 @@ class Session:
         run = self.run
         if not run.finite():
             raise self._diverged(math.nan, run.step)
+        spent = torch.tensor(self.cpu_seconds, device=self.device)
+        run.cpu_seconds, self.cpu_seconds = run.cpu_seconds + float(self._reduced(spent, "sum")), 0.0
         if self.accelerator.scaler is not None:
             run.scaler = self.accelerator.scaler.state_dict()
         if point and self.seen:

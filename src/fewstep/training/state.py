@@ -38,7 +38,7 @@ class Run:
         step: optimiser steps done.
         passes: network passes in units of one forward pass of one sample; a backward pass counts as two.
         seconds: wall-clock time spent.
-        cpu_seconds: processor time spent.
+        cpu_seconds: processor time spent, over all processes.
         curve: entries of the loss curve.
         scaler: state of the gradient scaler of fp16.
         saved: step of the newest checkpoint on disk, if there is one.

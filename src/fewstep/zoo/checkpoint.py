@@ -53,7 +53,7 @@ class TrainingRecord(Strict):
         network_passes: forward passes of one sample, a forward and backward pass counted as three: the unit in which
             `fewstep tune` states its own cost.
         hours: wall-clock time, over all parts of an interrupted run.
-        cpu_hours: processor time of the same, which does not depend on what else the machine did.
+        cpu_hours: processor time of the same over all processes, which does not depend on what else the machine did.
         losses: final losses by name.
         versions: of the packages that decide the numbers.
         start: the same of the model whose weights were the first ones; its cost comes on top.
