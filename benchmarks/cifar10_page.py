@@ -25,7 +25,10 @@ TITLES = {
 }
 EFFORTS = ("fit", "learn")
 NOTES = {
-    "learned": ("Each from 64 noises, of which 16 choose among the iterates.",),
+    "learned": (
+        "Each from 64 noises, of which 16 choose among the iterates. Bespoke starts from the best of five widths of the path's "
+        'noise; "identity start" as the paper does.',
+    ),
     "guidance": ("32 noises for each value, for one table as for three.",),
 }
 SETTINGS = "{noises} test noises; {fitted}; {count} images per sampler and seed, {seeds} seeds."
