@@ -128,9 +128,9 @@ def _record(folder: Path) -> Row:
     record = read_config(folder).training
     assert record is not None
     return {
-        "steps": record.steps,
-        "train_cpu_h": round(record.cpu_hours, 3),
-        "network passes": record.network_passes,
+        "steps": sum(run.steps for run in record.runs()),
+        "train_cpu_h": round(sum(run.cpu_hours for run in record.runs()), 3),
+        "network passes": sum(run.network_passes for run in record.runs()),
     } | record.losses
 
 

@@ -82,12 +82,8 @@ def training_passes(name: str | Path) -> int | None:
     Raises:
         ArtifactError: the directory does not hold a sound model.
     """
-    record, passes = training_record(name), 0
-    if record is None:
-        return None
-    while record is not None:
-        passes, record = passes + record.network_passes, record.start
-    return passes
+    record = training_record(name)
+    return None if record is None else sum(run.network_passes for run in record.runs())
 
 
 def training_record(name: str | Path) -> TrainingRecord | None:

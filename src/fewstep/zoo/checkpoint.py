@@ -72,6 +72,10 @@ class TrainingRecord(Strict):
     versions: dict[str, str]
     start: "TrainingRecord | None" = None
 
+    def runs(self) -> "list[TrainingRecord]":
+        """This run and those whose weights it started from, newest first."""
+        return [self, *(self.start.runs() if self.start else [])]
+
 
 class ModelConfig(Strict):
     """``config.json``."""
