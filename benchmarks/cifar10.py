@@ -1,7 +1,7 @@
 """Which sampler to use: learned, fitted, published and stock ones on the bundled digits and the CIFAR-10 models in models/.
 
     python benchmarks/cifar10.py --data cifar10-train.parquet [--models cifar10-flow,cifar10-vp]
-    python benchmarks/cifar10.py --models digits,digits-vp,digits-edm --noises 256 --out benchmarks/results/digits.json
+    python benchmarks/cifar10.py --models digits,digits-vp,digits-edm --noises 1024 --out benchmarks/results/digits.json
     python benchmarks/cifar10_page.py                         # docs/benchmarks.md and its plots, from the results file
 
 End-point RMSE on noise that no tuner saw, with 95 % bootstrap intervals; Frechet distances (FD), spatial FD, precision and
