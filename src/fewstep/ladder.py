@@ -57,8 +57,9 @@ ACCURACY = 3
 the best training-free table for the fits, than the best fit for learning. Six gives digits, on CondOT and VP, the same tables
 within 3 % (4 to 10 calls, three seeds), for up to a third more network passes."""
 
-FINEST = 1e-4
-"""Beyond it no reference is refined: half-precision networks, and networks with kinks, have none to converge to."""
+FINEST = {torch.float64: 1e-6}
+"""Beyond it no reference is refined, beyond 1e-4 for noise of other types: networks in half precision, and networks with kinks,
+have none to converge to."""
 
 COARSE = 4e-3
 """Tolerance of that reference to begin with, for the search; and of the one that the report measures against."""
@@ -107,6 +108,7 @@ class Climb:
         self.seed, self.journal, self.stages = seed, journal, stages
         self.pools: dict[int, list[Candidate]] = {}
         self.solves: dict[str, Solve] = {}
+        self.finest = FINEST.get(ground.test.dtype, 1e-4)
         self.noises = {"fit": ground.fitting, "select": draw(ground.fitting.shape, seed, 1).to(ground.fitting)}
 
     def run(self, budgets: Sequence[int]) -> TuneResult:
@@ -117,7 +119,7 @@ class Climb:
         test = self._test_problem("test", COARSE)
         rows = self._measured(test, chosen)
         best = min(row.metrics["rmse"].value for row in rows)
-        while test.solution.error > (tol := max(best / 10, FINEST)):  # ten times better than what it judges
+        while test.solution.error > (tol := max(best / 10, self.finest)):  # ten times better than what it judges
             test = self._test_problem("test, finer", tol)
             rows = self._measured(test, chosen)
             best = min(row.metrics["rmse"].value for row in rows)
@@ -277,7 +279,7 @@ class Climb:
 
         What was scored before it and was worse keeps its score by the coarser reference, which flatters nothing.
         """
-        while (tol := max(score / ACCURACY, FINEST)) < max(self.fitting.solution.error, self.selection.solution.error):
+        while (tol := max(score / ACCURACY, self.finest)) < max(self.fitting.solution.error, self.selection.solution.error):
             self._solve(tol)
             score = self._score(name, n, table)
         return score

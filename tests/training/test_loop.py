@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -313,6 +314,19 @@ def test_a_run_starts_from_the_weights_of_a_model(tmp_path):
     assert zoo.training_passes(tmp_path / "third") == sum(r.network_passes for r in records)
     card = (tmp_path / "third" / "README.md").read_text()
     assert all(record.command in card for record in records)
+
+
+def test_a_run_goes_on_when_the_model_it_started_from_is_gone(tmp_path, monkeypatch):
+    train(TINY, tmp_path / "first")
+    started = replace(TINY, start=str(tmp_path / "first"))
+    whole = train(started, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        when(5, raise_killed, patch)
+        with pytest.raises(Killed):
+            train(started, tmp_path / "parts", keeping=OFTEN)
+    shutil.rmtree(tmp_path / "first")
+    assert train(started, tmp_path / "parts", resume=True).fingerprint() == whole.fingerprint()
+    assert zoo.training_passes(tmp_path / "parts") == zoo.training_passes(tmp_path / "whole")
 
 
 def test_only_a_model_of_the_same_settings_can_be_started_from(tmp_path):

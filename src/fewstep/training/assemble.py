@@ -136,8 +136,8 @@ def assemble(recipe: Recipe, data: Source, source: Source | None = None, objecti
     return Parts(recipe, data, source, path, objective, base, coupling, law, model)
 
 
-def first_network(parts: Parts) -> nn.Module:
-    """The recipe's network with its first weights: those of the model it starts from, or the seed's.
+def first_network(parts: Parts, start: str = "") -> nn.Module:
+    """The recipe's network with its first weights: those of the model `start`, or without one the seed's.
 
     Raises:
         FewstepError: a model to start from that is another one than the recipe's.
@@ -146,11 +146,11 @@ def first_network(parts: Parts) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.random.set_rng_state(generator(recipe.seed, "weights").get_state())
         network = build(recipe.network, data.shape, data.classes or 0, recipe.network_options())
-    if recipe.start:
-        first = load(recipe.start)
+    if start:
+        first = load(start)
         if differing := changed(_identity(first), _identity(parts.model(network))):
             each = "; ".join(f"{name} is {a} there and {b} here" for name, (a, b) in differing.items())
-            raise FewstepError(f"cannot start from {recipe.start}: {each}; start from a model of the same settings")
+            raise FewstepError(f"cannot start from {start}: {each}; start from a model of the same settings")
         assert isinstance(first.network, nn.Module)  # of the same kind as ours
         network.load_state_dict(first.network.state_dict())
     return network

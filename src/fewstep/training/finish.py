@@ -12,7 +12,6 @@ from safetensors.torch import save as save_tensors
 from .._disk import atomic_write
 from ..field import Model
 from ..outputs import picture
-from ..zoo import training_record as training_record_of
 from ..zoo.checkpoint import WEIGHTS, Precision, TrainingRecord, save_model
 from .assemble import Parts
 from .measure import draw
@@ -70,7 +69,7 @@ def training_record(run: Run, parts: Parts) -> TrainingRecord:
         hours=run.seconds / 3600,
         cpu_hours=run.cpu_seconds / 3600,
         losses=losses,
-        start=training_record_of(recipe.start) if recipe.start else None,
+        start=None if run.before is None else TrainingRecord.model_validate(run.before),
         versions=versions() | {"numpy": np.__version__, "machine": platform.machine(), "device": _device(run)},
     )
 

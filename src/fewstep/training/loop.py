@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .._types import FewstepError
 from ..field import Model
 from ..keyed import generator
+from ..zoo import training_record
 from ..zoo.checkpoint import CONFIG, WEIGHTS
 from .assemble import Parts, assemble, first_network, optimizer_for
 from .batch import Ahead, Objective
@@ -274,13 +275,16 @@ def _begin(
         same_as_given(recipe, data)
     found = data if data is not None else data_of(recipe, skip_unreadable=skip_unreadable)
     parts = assemble(recipe, found, open_source(recipe.source) if recipe.source else None, objective)
-    made = network if network is not None else first_network(parts)
+    made = network if network is not None else first_network(parts, start="" if resume else recipe.start)
     made.to(accelerator.device).train()
     bare = optimizer_for(made, recipe)
     run = Run.begin(plain(recipe), made, bare, recipe.ema)  # before the wrapping, whose autocast the average must not inherit
     wrapped, prepared = accelerator.prepare(made, bare)
     # The wrapping is for gradients that a scaler scales; without one it only looks for absent packages, at every step.
     optimizer = bare if accelerator.scaler is None else prepared
+    if recipe.start and not resume:  # a checkpoint keeps it: the model may be gone by then
+        record = training_record(recipe.start)
+        run.before = None if record is None else record.model_dump()
     if resume:
         news = run.restore(newest(out))
         if news and progress:

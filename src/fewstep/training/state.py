@@ -41,6 +41,7 @@ class Run:
         cpu_seconds: processor time spent, over all processes.
         curve: entries of the loss curve.
         scaler: state of the gradient scaler of fp16.
+        before: the record of the model whose weights were the first ones, if there is one.
         saved: step of the newest checkpoint on disk, if there is one.
     """
 
@@ -55,6 +56,7 @@ class Run:
     cpu_seconds: float = 0.0
     curve: list[dict[str, float]] = field(default_factory=list)
     scaler: dict[str, float] = field(default_factory=dict)
+    before: dict[str, Any] | None = None
     saved: int | None = None
 
     @staticmethod
@@ -87,7 +89,8 @@ class Run:
         Raises:
             ArtifactError: the file cannot be written; earlier checkpoints are as they were.
         """
-        rest = {name: getattr(self, name) for name in ("step", "passes", "seconds", "cpu_seconds", "curve", "scaler")}
+        names = ("step", "passes", "seconds", "cpu_seconds", "curve", "scaler", "before")
+        rest = {name: getattr(self, name) for name in names}
         header = {"run": json.dumps({"recipe": dict(self.recipe), **rest}), "versions": json.dumps(versions())}
         atomic_write(folder / f"checkpoint-{self.step:08d}.safetensors", save_tensors(self._tensors(), metadata=header))
         self.saved = self.step
