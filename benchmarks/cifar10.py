@@ -49,8 +49,8 @@ from fewstep._errors import BudgetError
 from fewstep.candidates import candidates
 from fewstep.evaluation import BiasWarning, Extractor, Features, Group
 from fewstep.evaluation import Row as Measured
-from fewstep.ladder import draw
 from fewstep.methods import Method
+from fewstep.noise import draw
 from fewstep.path import CondOT
 from fewstep.training.loop import train
 from fewstep.training.recipe import RECIPES

@@ -9,7 +9,7 @@ import cyclopts
 import torch
 
 from fewstep import Boss, TimeGrid, load, methods, reference, tabulate
-from fewstep.ladder import draw
+from fewstep.noise import draw
 
 TUNERS = {
     "BOSS": Boss(),

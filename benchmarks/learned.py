@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fewstep import Boss, CountedField, Model, Sampler, load, reference
-from fewstep.ladder import draw
+from fewstep.noise import draw
 from fewstep.problem import Problem
 from fewstep.tuners.least_squares import fit
 from fewstep.tuners.nonstationary import learn_rows, numbers_of, rows_of

@@ -15,7 +15,7 @@ import cyclopts
 import torch
 
 from fewstep import Boss, LeastSquares, Model, NonStationary, Sampler, TimeGrid, compare, load, methods, tabulate
-from fewstep.ladder import draw
+from fewstep.noise import draw
 from fewstep.training.loop import train
 from fewstep.training.recipe import RECIPES, Keeping, Recipe
 from fewstep.training.state import checkpoints

@@ -20,8 +20,8 @@ from fewstep import Model, compare, load, tabulate, tune
 from fewstep._errors import BudgetError
 from fewstep.candidates import candidates
 from fewstep.grid import TimeGrid
-from fewstep.ladder import TEST, draw, enough
 from fewstep.methods import registry
+from fewstep.noise import TEST, draw, enough
 from fewstep.trajectory import reference
 from fewstep.zoo.mixtures import ring, spectrum
 

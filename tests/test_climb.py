@@ -6,7 +6,8 @@ import torch
 
 from fewstep import CountedField, JointField, Sampler, adapt, load, tune
 from fewstep._errors import BudgetError, FieldError
-from fewstep.ladder import TEST, Climb, draw, enough
+from fewstep.ladder import Climb
+from fewstep.noise import TEST, draw, enough
 from fewstep.trajectory import reference
 from fewstep.zoo.mixtures import mixture, ring
 

@@ -42,6 +42,7 @@ LOWEST_FIRST = [
     "diffusers",
     "stock",
     "candidates",
+    "noise",
     "journal",
     "progress",
     "result",

@@ -117,8 +117,8 @@ def evaluate(
         json: print the report as JSON.
     """
     from .evaluation import compare
-    from .ladder import draw
     from .naming import resolve
+    from .noise import draw
     from .report import write_report
 
     if out is not None:
@@ -200,7 +200,7 @@ def _shape(model: "Model") -> tuple[int, ...]:
 
 
 def _noise(model: "Model", num: int, seed: int) -> "Tensor":
-    from .ladder import draw
+    from .noise import draw
 
     return draw((num, *_shape(model)), seed, 4).to(model.device_dtype()[0])
 

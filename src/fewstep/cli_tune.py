@@ -94,7 +94,7 @@ def _pictures(model: "Model", result: "TuneResult", seed: int) -> tuple[dict[str
     """Samples of the tuned samplers and of the best stock scheduler of each budget, all from the same noise."""
     import torch
 
-    from .ladder import draw
+    from .noise import draw
     from .trajectory import reference
 
     assert model.shape is not None

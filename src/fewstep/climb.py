@@ -13,7 +13,8 @@ from ._types import BudgetError, Field, FieldError
 from .composite import JointField
 from .field import Model, ModelField
 from .journal import Journal, identity
-from .ladder import NOISES, TEST, Climb, Effort, Ground, draw, enough
+from .ladder import Climb, Effort, Ground
+from .noise import NOISES, TEST, draw, enough
 from .problem import Score
 from .progress import Stages
 from .result import TuneResult

@@ -16,6 +16,7 @@ from .coordinates import Coordinates
 from .evaluation import Report, Row
 from .grid import TimeGrid
 from .journal import Journal
+from .noise import BOSS_NOISES, SCREEN, draw, enough
 from .problem import Problem, Score
 from .progress import Stage, Stages
 from .result import TuneResult
@@ -29,22 +30,12 @@ from .verdict import BASELINES, adaptive_rows, cost_facts, finished, model_of, r
 
 Effort = Literal["search", "fit", "learn"]
 
-NOISES = {"search": (16, 1024), "fit": (16, 1024), "learn": (32, 2048)}
-"""Fitting noises: at least so many, and at least so many numbers in all. Selection takes as many."""
-
-TEST = (32, 16384)
-"""Likewise for the measurement, where the noise is drawn here."""
-
-SCREEN = (2, 128)
-"""Likewise for the first look at all candidates."""
-
 FINALISTS = 6
 """Candidates that are then scored on the whole selection set."""
 
 FITTED = 4
 """Grid families whose fit is scored there: those that fit best."""
 
-BOSS_NOISES = (8, 512)
 RIDGES = (1e-8, 1e-5, 1e-3)
 WARPS = 8
 """Evaluations of the grid search, per budget."""
@@ -54,28 +45,15 @@ ITERATIONS = 4
 
 ACCURACY = 3
 """How many times more accurate than what has been reached the references must be that tables are fitted to and chosen by: than
-the best training-free table for the fits, than the best fit for learning. Six gives digits, on CondOT and VP, the same tables
-within 3 % (4 to 10 calls, three seeds), for up to a third more network passes."""
+the best training-free table for the fits, than the best fit for learning. Six gave the digits tables of the same error within
+5 % (4 to 10 calls, three seeds), for up to a third more network passes."""
 
-FINEST = {torch.float64: 1e-6}
-"""Beyond it no reference is refined, beyond 1e-4 for noise of other types: networks in half precision, and networks with kinks,
-have none to converge to."""
+FINEST, FINEST_DOUBLE = 1e-4, 1e-6
+"""Beyond it no reference is refined (the second: for noise in double precision): networks in half precision, and networks with
+kinks, have none to converge to."""
 
 COARSE = 4e-3
 """Tolerance of that reference to begin with, for the search; and of the one that the report measures against."""
-
-MOST = 1024
-"""Noises that are drawn unless more are asked for."""
-
-
-def enough(least: tuple[int, int], size: int) -> int:
-    """Noises of `size` numbers: (noises, numbers in all) at least, but not above `MOST`."""
-    return min(MOST, max(least[0], math.ceil(least[1] / size)))
-
-
-def draw(shape: Sequence[int], seed: int, which: int) -> Tensor:
-    """Standard normal noise; `which` tells fitting (0), selection (1) and test (2) noise apart, and further sets."""
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1009 + which))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +86,7 @@ class Climb:
         self.seed, self.journal, self.stages = seed, journal, stages
         self.pools: dict[int, list[Candidate]] = {}
         self.solves: dict[str, Solve] = {}
-        self.finest = FINEST.get(ground.test.dtype, 1e-4)
+        self.finest = FINEST_DOUBLE if ground.test.dtype == torch.float64 else FINEST
         self.noises = {"fit": ground.fitting, "select": draw(ground.fitting.shape, seed, 1).to(ground.fitting)}
 
     def run(self, budgets: Sequence[int]) -> TuneResult:

@@ -93,7 +93,6 @@ def command(recipe: Recipe) -> str:
 def card(model: Model, record: TrainingRecord, run: Run, size: int, *, drawn: bool) -> str:
     """The model card; every number in it was measured or set in this run."""
     name = model.name if not record.recipe["data"] else Path(record.recipe["data"]).stem
-    stopped = "" if record.steps == record.recipe["steps"] else f" of the {record.recipe['steps']:,} that the recipe plans"
     losses = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in record.losses.items())
     settings = "\n".join(f"| {k} | {v} |" for k, v in record.recipe.items() if v not in (None, "", False))
     lines = [
@@ -104,7 +103,7 @@ def card(model: Model, record: TrainingRecord, run: Run, size: int, *, drawn: bo
         + (f", {model.classes} classes (null label {model.null_label})" if model.classes else "")
         + f". {model.parameters():,} weights, {size / 1e6:.2f} MB.",
         f"## Data\n\n{record.data}",
-        f"## Cost\n\n{record.steps:,} steps{stopped}, {record.samples:,} samples, {record.network_passes:,} network passes (a "
+        f"## Cost\n\n{_length(record)}, {record.samples:,} samples, {record.network_passes:,} network passes (a "
         f"forward and backward pass counted as three), {record.hours:.2f} hours on the clock and {record.cpu_hours:.2f} of "
         f"processor time on {record.versions['device']}.",
         f"It started from the model `{record.recipe['start']}`{_before(record.start)}." if record.recipe["start"] else "",
@@ -116,11 +115,17 @@ def card(model: Model, record: TrainingRecord, run: Run, size: int, *, drawn: bo
     return "\n\n".join(filter(None, lines)) + "\n"
 
 
+def _length(record: TrainingRecord) -> str:
+    stopped = "" if record.steps == record.recipe["steps"] else f" of the {record.recipe['steps']:,} that the recipe plans"
+    return f"{record.steps:,} steps{stopped}"
+
+
 def _before(record: TrainingRecord | None) -> str:
     if record is None:
         return ""
     cost = (
-        f"{record.samples:,} samples, {record.network_passes:,} network passes, {record.cpu_hours:.2f} hours of processor time"
+        f"{_length(record)}, {record.samples:,} samples, {record.network_passes:,} network passes, "
+        f"{record.cpu_hours:.2f} hours of processor time"
     )
     further = f" from `{record.recipe.get('start')}`{_before(record.start)}" if record.start else ""
     return f", which `{record.command}` trained ({cost}, beside the above){further}"

@@ -71,16 +71,7 @@ def load(name: str | Path) -> Model:
 def training_passes(name: str | Path) -> int | None:
     """Network passes (one sample, a forward and backward pass counted as three) that training this model took.
 
-    Those of the model that it started from are among them.
-
-    Args:
-        name: as for `load`.
-
-    Returns:
-        None where it is not known, as for a function of yours.
-
-    Raises:
-        ArtifactError: the directory does not hold a sound model.
+    Those of the model that it started from are among them. Arguments, None and errors are those of `training_record`.
     """
     record = training_record(name)
     return None if record is None else sum(run.network_passes for run in record.runs())

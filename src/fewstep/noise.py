@@ -1,0 +1,32 @@
+"""How much noise each stage of `tune` takes, and the noise itself."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+NOISES = {"search": (16, 1024), "fit": (16, 1024), "learn": (32, 2048)}
+"""Fitting noises: at least so many, and at least so many numbers in all. Selection takes as many."""
+
+TEST = (32, 16384)
+"""Likewise for the measurement, where the noise is drawn here."""
+
+SCREEN = (2, 128)
+"""Likewise for the first look at all candidates."""
+
+BOSS_NOISES = (8, 512)
+"""Likewise for BOSS's grids."""
+
+MOST = 1024
+"""Noises that are drawn unless more are asked for."""
+
+
+def enough(least: tuple[int, int], size: int) -> int:
+    """Noises of `size` numbers: (noises, numbers in all) at least, but not above `MOST`."""
+    return min(MOST, max(least[0], math.ceil(least[1] / size)))
+
+
+def draw(shape: Sequence[int], seed: int, which: int) -> Tensor:
+    """Standard normal noise; `which` tells fitting (0), selection (1) and test (2) noise apart, and further sets."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1009 + which))
