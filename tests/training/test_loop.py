@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +33,7 @@ from fewstep.training.data import FiniteSource, open_source
 from fewstep.training.finish import CURVE, command
 from fewstep.training.loop import Session, learning_rate, train
 from fewstep.training.measure import held_out_loss
-from fewstep.training.objective import Regression
+from fewstep.training.objective import FlowAndDivergence, Regression
 from fewstep.training.recipe import RECIPES, Keeping, Recipe, plain
 from fewstep.training.setup import shares_of
 from fewstep.training.state import Run, checkpoints, stored_recipe
@@ -239,6 +240,34 @@ def test_an_objective_of_the_users_own(tmp_path):
     assert half == pytest.approx(one / 2, rel=1e-6)
     with pytest.raises(FewstepError, match="divergence would do nothing beside an objective of your own"):
         train(replace(TINY, divergence=0.1), tmp_path / "both", objective=Halved())
+
+
+def test_the_curve_has_the_divergence_of_the_steps_that_compute_it(tmp_path):
+    recipe = replace(TINY, steps=6, divergence=0.1, divergence_share=1.0, divergence_every=2)
+    seen = []
+
+    class Watched(FlowAndDivergence):
+        def pieces(self, model, batch):
+            def noted(piece):
+                loss = piece()
+                if batch.keyed.step % 2 == 0:
+                    seen.append(float(loss.parts["divergence"].mean()))
+                else:
+                    assert not loss.parts
+                return loss
+
+            return [partial(noted, piece) for piece in super().pieces(model, batch)]
+
+    watched = Watched(weight=0.1, share=1.0, every=2)
+    train(replace(recipe, divergence=0.0), tmp_path, objective=watched, keeping=Keeping(every=3))
+    points = [json.loads(line) for line in (tmp_path / CURVE).read_text().splitlines()]
+    assert len(seen) == 3  # steps 0, 2 and 4; points after step 3 and step 6
+    assert [p["divergence"] for p in points] == pytest.approx([(seen[0] + seen[1]) / 2, seen[2]], rel=1e-5)
+    plain_run = tmp_path / "recipe"
+    train(recipe, plain_run, keeping=Keeping(every=3))
+    assert [json.loads(line)["divergence"] for line in (plain_run / CURVE).read_text().splitlines()] == pytest.approx(
+        [p["divergence"] for p in points], rel=1e-5
+    )
 
 
 def test_the_measured_loss_is_the_one_that_is_trained():

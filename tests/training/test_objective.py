@@ -39,7 +39,6 @@ def test_any_network_regresses_on_any_target(predicts, target, path):
 def test_without_a_target_the_model_says_it(predicts, target):
     model, batch = adapt(SmoothNetwork(), VP(), predicts), batch_of()
     torch.testing.assert_close(loss(Regression(), model, batch), loss(Regression(target), model, batch), rtol=0, atol=0)
-    assert Regression()(model, batch).parts["regression"] == loss(Regression(target), model, batch).mean()
 
 
 @pytest.mark.parametrize("path", PATHS, ids=repr)

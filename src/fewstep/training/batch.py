@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -83,7 +83,7 @@ class Loss:
 
     Attributes:
         each: (batch,) one per sample, differentiable.
-        parts: 0-d detached means of what it is made of, for the log.
+        parts: (batch,) each, detached: what else its mean over the batch belongs on the loss curve, by name.
     """
 
     each: Tensor
@@ -105,3 +105,17 @@ class Objective(Protocol):
     def span(self, model: Model) -> tuple[float, float]:
         """First and last time at which everything is finite."""
         ...
+
+
+@runtime_checkable
+class Piecewise(Objective, Protocol):
+    """An objective whose parts of a batch can be back-propagated one after another: one graph is alive at a time."""
+
+    def pieces(self, model: Model, batch: Batch) -> Sequence[Callable[[], Loss]]:
+        """Losses of disjoint parts of the batch, each computed when called, together those of ``self(model, batch)``."""
+        ...
+
+
+def pieces_of(objective: Objective, model: Model, batch: Batch) -> Sequence[Callable[[], Loss]]:
+    """The pieces of an objective that has them, else the whole."""
+    return objective.pieces(model, batch) if isinstance(objective, Piecewise) else [partial(objective, model, batch)]

@@ -7,7 +7,7 @@ an undisturbed one, bit for bit, and several processes see the batches that one 
 import math
 import time
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from ..keyed import generator
 from ..zoo import training_record
 from ..zoo.checkpoint import CONFIG, WEIGHTS
 from .assemble import Parts, assemble, first_network, optimizer_for
-from .batch import Ahead, Objective
+from .batch import Ahead, Batch, Objective, pieces_of
 from .data import Source, open_source
 from .finish import finish, write_curve
+from .losses import Losses
 from .measure import held_out_loss, write_preview
 from .recipe import Keeping, Recipe, plain
 from .setup import accelerator_for, data_of, same_as_given, shares_of
@@ -122,8 +123,6 @@ class Session:
         out: the run's folder.
         keeping: see `train`.
         own: whether the network is the recipe's, so that the model can be saved whole.
-        losses: 0-d losses of the steps since the last look.
-        seen: those since the last point of the curve.
         cpu_seconds: processor time of this process since the last checkpoint.
     """
 
@@ -136,8 +135,6 @@ class Session:
     out: Path
     keeping: Keeping
     own: bool
-    losses: list[Tensor] = field(default_factory=list)
-    seen: list[float] = field(default_factory=list)
     cpu_seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -147,6 +144,7 @@ class Session:
         # Its number too: "cuda" alone is the current device, which is another one in the thread that makes batches.
         self.device = self.weights[0].device if self.weights else self.accelerator.device
         self.look = LOOK if self.device.type != "cpu" else 5 if self.several else 1
+        self.losses = Losses(lambda values: self._reduced(values, "mean") if self.several else values)
         self.ahead = Ahead(partial(self.parts.batch, device=self.device), self.shares, self.parts.recipe.steps)
 
     def advance(self) -> None:
@@ -158,14 +156,10 @@ class Session:
             torch.cuda.manual_seed(seed)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(recipe, run.step)
-        total = torch.zeros((), device=self.device)
+        means: dict[str, Tensor] = {}
         for k in range(len(self.shares)):
-            batch = self.ahead.take(run.step, k)
-            waiting = self.several and k < len(self.shares) - 1  # gradients are exchanged with the last piece only
-            with self.accelerator.no_sync(self.network) if waiting else nullcontext():
-                loss = self.parts.objective(self.model, batch).each.mean() / len(self.shares)
-                self.accelerator.backward(loss)
-            total += loss.detach()
+            for name, value in self._backward(self.ahead.take(run.step, k), last=k == len(self.shares) - 1):
+                means[name] = means[name] + value if name in means else value
         if recipe.clip:
             self.accelerator.clip_grad_norm_(self.weights, recipe.clip)
         self.optimizer.step()
@@ -175,7 +169,21 @@ class Session:
         run.passes += round(recipe.batch * self.parts.passes)
         run.seconds += time.perf_counter() - wall
         self.cpu_seconds += time.process_time() - cpu
-        self.losses.append(total)
+        self.losses.add(means)
+
+    def _backward(self, batch: Batch, *, last: bool) -> list[tuple[str, Tensor]]:
+        """Add the gradients of a share of the step's batch; its terms of the step's mean losses, by name."""
+        size, found = len(batch.x1) * len(self.shares), []
+        pieces = pieces_of(self.parts.objective, self.model, batch)
+        for j, piece in enumerate(pieces):
+            waiting = self.several and not (last and j == len(pieces) - 1)  # gradients are exchanged with the last piece only
+            with self.accelerator.no_sync(self.network) if waiting else nullcontext():
+                loss = piece()
+                mean = loss.each.sum() / size
+                self.accelerator.backward(mean)
+            found += [("loss", mean.detach()), *((name, value.sum() / size) for name, value in loss.parts.items())]
+            del loss, mean  # or the next piece's graph would be made beside this one's
+        return found
 
     def check_losses(self) -> None:
         """Bring the losses to the host, over all processes.
@@ -183,16 +191,8 @@ class Session:
         Raises:
             FewstepError: one of them is NaN or infinite.
         """
-        losses = torch.stack(self.losses)
-        if self.several:
-            losses = self._reduced(losses, "mean")
-        values = losses.tolist()
-        first = self.run.step - len(values) + 1
-        self.losses.clear()
-        for k, value in enumerate(values):
-            if not math.isfinite(value):
-                raise self._diverged(value, first + k)
-        self.seen += values
+        if bad := self.losses.look():
+            raise self._diverged(bad[1], self.run.step - bad[0])
 
     def agreed(self, flag: bool) -> bool:
         """Whether any process says so; all of them must ask."""
@@ -209,16 +209,11 @@ class Session:
         run.cpu_seconds, self.cpu_seconds = run.cpu_seconds + float(self._reduced(spent, "sum")), 0.0
         if self.accelerator.scaler is not None:
             run.scaler = self.accelerator.scaler.state_dict()
-        if point and self.seen:
-            entry = {
-                "step": run.step,
-                "loss": sum(self.seen) / len(self.seen),
-                "lr": learning_rate(self.parts.recipe, run.step - 1),
-            }
+        if point and (means := self.losses.point()):
+            entry = {"step": run.step, **means, "lr": learning_rate(self.parts.recipe, run.step - 1)}
             entry |= held_out_loss(self.parts, run.ema)
             entry["samples_per_s"] = round(run.step * self.parts.recipe.batch / run.seconds, 1)
             run.curve.append(entry)
-            self.seen.clear()
             self.accelerator.log({k: v for k, v in entry.items() if k != "step"}, step=run.step)
         if self.main:
             run.save(self.out, self.keeping.keep)

@@ -9,6 +9,7 @@ vanishes at every x. sigma R is finite on every path and is what this file compu
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
@@ -97,20 +98,32 @@ class FlowAndDivergence:
             raise FewstepError('form="exact" has no probes, got probes="gaussian"; leave one of the two out')
 
     def __call__(self, model: Model, batch: Batch) -> Loss:
-        """The loss of each sample; its parts "flow" and "divergence" are those of the sum, before `weight`."""
+        """The loss of each sample; its part "divergence" has the mean of the term before `weight`, where it is computed."""
+        pieces = self._pieces(model, batch)
+        places = torch.cat([rows for rows, _ in pieces]).argsort().to(batch.x1.device)
+        losses = [piece() for _, piece in pieces]
+        each = torch.cat([loss.each for loss in losses])[places]
+        return Loss(each, {name: torch.cat([loss.parts[name] for loss in losses])[places] for name in losses[0].parts})
+
+    def pieces(self, model: Model, batch: Batch) -> list[Callable[[], Loss]]:
+        """The rows without the term, and those with it; see `Piecewise`."""
+        return [piece for _, piece in self._pieces(model, batch)]
+
+    def _pieces(self, model: Model, batch: Batch) -> list[tuple[Tensor, Callable[[], Loss]]]:
+        """With the places of their samples."""
         active = self.weight > 0 and batch.keyed.step % self.every == 0
         chosen, others, keyed = _rows(batch.keyed, self.share if active else 0.0)
-        if not len(chosen):
-            each = self.base(model, batch).each
-            nothing = {"divergence": each.new_zeros(())} if active else {}
-            return Loss(each, {"flow": each.detach().mean(), **nothing})
-        flow, term = self._both(model, _take(batch, chosen, keyed))
-        each = flow + (self.weight * self.every / self.share) * term
-        if len(others):  # the chosen rows had their pass: the regression takes only the rest
-            rest = self.base(model, _take(batch, others, batch.keyed)).each
-            places = torch.cat([chosen, others]).argsort().to(rest.device)
-            flow, each = torch.cat([flow.detach(), rest.detach()]), torch.cat([each, rest])[places]
-        return Loss(each, {"flow": flow.detach().mean(), "divergence": term.detach().sum() / (self.share * len(each))})
+
+        def matched() -> Loss:
+            flow, term = self._both(model, _take(batch, chosen, keyed))
+            return Loss(flow + (self.weight * self.every / self.share) * term, {"divergence": term.detach() / self.share})
+
+        def rest() -> Loss:
+            each = self.base(model, _take(batch, others, batch.keyed)).each
+            return Loss(each, {"divergence": torch.zeros_like(each)} if active else {})
+
+        # The others first: once there are gradients to add to, less memory is left for activations.
+        return [(rows, piece) for rows, piece in ((others, rest), (chosen, matched)) if len(rows)]
 
     def passes(self, size: int) -> float:
         """Cost per sample in forward passes, a backward pass being two, for samples of `size` numbers."""

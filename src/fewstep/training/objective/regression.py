@@ -67,8 +67,7 @@ class Regression:
         """The loss of each sample of the batch."""
         pair = model.path.interpolate(batch.x0, batch.x1, batch.t)
         native = batch.field(model).predict(pair.xt, pair.t, model.predicts)
-        each = self.compare(model, pair, native)
-        return Loss(each, {"regression": each.detach().mean()})
+        return Loss(self.compare(model, pair, native))
 
     def compare(self, model: Model, pair: Interpolant, native: State) -> Tensor:
         """The loss (batch,) of the model's own prediction `native` (batch, *shape) at the state of `pair`."""
