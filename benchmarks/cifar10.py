@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -92,8 +92,9 @@ class Config:
     noises: int = 64
     """Test noises for end-point errors."""
     fitting: int = 0
-    """Noises that tuners fit to (as many choose); 0: as many as `tune` takes by default; 32 for each guidance
-    value, and 64 for single solvers, of which a quarter chooses."""
+    """Noises that tuners fit to (as many choose); 0: as many as `tune` takes by default, 32 for each guidance value."""
+    single: int = 128
+    """Noises for each of the solvers one by one, of which a quarter chooses; they are tested on four times `noises`."""
     seeds: int = 3
     """Of the images."""
 
@@ -103,8 +104,15 @@ class Case:
     """One model with its test noise and its real images."""
 
     name: str
-    model: Model
     config: Config
+
+    @cached_property
+    def model(self) -> Model:
+        """Loaded when the first cell asks for it; those of `DIGITS` are trained then."""
+        house = Path(HOUSE[self.name])
+        if self.name in DIGITS and not (house / "config.json").exists():
+            train(DIGITS[self.name], house, resume=bool(checkpoints(house)), progress=True)
+        return load(HOUSE[self.name])
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -131,16 +139,18 @@ class Case:
         return self.model.given(torch.arange(count) % self.model.classes, guidance=guidance)  # type: ignore[operator]  # has classes
 
     @cache  # noqa: B019  # lives as long as the run
-    def test(self, guidance: float = 1.0) -> tuple[Any, Tensor, Any]:
-        """Field, noise and converged solution for end-point errors."""
+    def test(self, guidance: float = 1.0, times: int = 1) -> tuple[Any, Tensor, Any]:
+        """Field, `times` as much noise as configured, and its converged solution for end-point errors."""
         assert self.model.shape is not None
-        noise = draw((self.config.noises, *self.model.shape), 0, 7)
+        noise = draw((times * self.config.noises, *self.model.shape), 0, 7)
         field = self.field(len(noise), guidance)
         return field, noise, reference(field, noise, tol=1e-4 if self.small else 5e-4 if self.flow else 2e-3)
 
-    def errors(self, tables: Mapping[str, Sampler], groups: Mapping[str, Group] | None = None, guidance: float = 1.0) -> Row:
+    def errors(
+        self, tables: Mapping[str, Sampler], groups: Mapping[str, Group] | None = None, guidance: float = 1.0, times: int = 1
+    ) -> Row:
         """End-point errors by name."""
-        field, noise, solution = self.test(guidance)
+        field, noise, solution = self.test(guidance, times)
         report = compare(tables, field, noise, reference=solution, metrics=("rmse", "median", "psnr"), groups=groups)
         return {r.name: _plain(r) for r in report.rows} | {"reference error": solution.error}
 
@@ -244,7 +254,7 @@ def learned(case: Case, nfe: int, rows: Rows) -> Row:
     """The learned solvers one by one at this NFE, from the same noise: error, parameters, network passes, seconds."""
     shape = case.model.shape
     assert shape is not None
-    noise = draw((2 * (case.config.fitting or 32), *shape), 0, 0)
+    noise = draw((case.config.single, *shape), 0, 0)
     flow = case.flow
     knots: list[Method] = [methods.euler, methods.pfdiff(1, 1)] if flow else [methods.ddim(case.model.path)]
     tuners: dict[str, Any] = {"fit (LeastSquares)": LeastSquares(), "NonStationary": NonStationary()}
@@ -253,6 +263,9 @@ def learned(case: Case, nfe: int, rows: Rows) -> Row:
         tuners |= {
             "Bespoke RK1": Bespoke("euler"),
             "Bespoke RK2": Bespoke("midpoint"),
+        }
+    if flow and case.small:
+        tuners |= {
             "Bespoke RK2, identity start": Bespoke("midpoint", widths=(1.0,)),
             "Bespoke RK2, log loss": Bespoke("midpoint", log_loss=True),
             "Bespoke RK2, bound": Bespoke("midpoint", training="bound"),
@@ -275,8 +288,9 @@ def learned(case: Case, nfe: int, rows: Rows) -> Row:
         for m in (methods.euler, methods.midpoint)
         if flow and m.calls(nfe)
     }
-    measured = case.errors(tables | plain)
-    return {n: measured[n] | cost.get(n, {}) for n in measured if n != "reference error"}
+    measured = case.errors(tables | plain, times=4)
+    found: Row = {n: measured[n] | cost.get(n, {}) for n in measured if n != "reference error"}
+    return found | {"noises": len(noise), "tested": len(case.test(times=4)[1])}
 
 
 def distances(case: Case, nfe: int, rows: Rows) -> Row:
@@ -347,10 +361,8 @@ def cases(config: Config) -> Iterator[Case]:
     for name in config.models.split(","):
         if name not in HOUSE:
             raise SystemExit(f"models are {', '.join(HOUSE)}, got {name}")
-        if name in DIGITS and not (Path(HOUSE[name]) / "config.json").exists():
-            train(DIGITS[name], HOUSE[name], resume=bool(checkpoints(Path(HOUSE[name]))), progress=True)
         if name.startswith("digits") or (Path(HOUSE[name]).exists() and config.data):
-            yield Case(name, load(HOUSE[name]), config)
+            yield Case(name, config)
         else:
             print(f"{name} is left out: it needs {HOUSE[name]} (experiments/cifar10.py makes it) and --data", file=sys.stderr)
 
@@ -364,19 +376,15 @@ def main(
     """Run the cells that are missing (with --only, those whose names contain it)."""
     cells: dict[str, Cell] = {}
     for case in cases(config):
-        parts: dict[str, Callable[[Rows], Row]] = {
-            f"stock/{n}": partial(stock, case, n) for n in (*case.budgets, *((20,) if case.small else ()))
-        }
+        parts: dict[str, Callable[[Rows], Row]] = {f"stock/{n}": partial(stock, case, n) for n in (*case.budgets, 20)}
         parts |= {"dopri5": partial(adaptive, case)}
         parts |= {
             "fit": partial(tuned, case, "fit", case.budgets),
             "learn": partial(tuned, case, "learn", case.learnt),
         }
         parts |= {f"images/{n}": partial(distances, case, n) for n in case.learnt}
-        parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.small}
-        parts |= {
-            f"pfdiff/{n}/guidance {w:g}": partial(pfdiff, case, n, w) for n in case.budgets if case.small for w in (1.0, 2.0)
-        }
+        parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.small or n == 8}
+        parts |= {f"pfdiff/{n}/guidance {w:g}": partial(pfdiff, case, n, w) for n in case.budgets for w in (1.0, 2.0)}
         parts |= {f"guidance/{n}": partial(ranges, case, n) for n in case.budgets if case.name == "digits" and n in (6, 8)}
         cells |= {f"{case.name}/{k}": cell for k, cell in parts.items() if only in f"{case.name}/{k}"}
     fill(

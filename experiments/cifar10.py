@@ -1,6 +1,7 @@
 """CIFAR-10: the flow and the VP model that benchmarks use, and CFM against FDM at equal steps and at equal time.
 
     python experiments/cifar10.py --train cifar10-train.parquet --test cifar10-test.parquet [--hours 2] [--print-config]
+    python experiments/cifar10.py ... --start models/cifar10-flow --out experiments/results/cifar10-continued.json
 
 Frechet distances in the features of a classifier trained here, beside the floor of as many real images; bits per dimension of
 test images. An interrupted run goes on with the cells that are missing, and with the training that was interrupted.
@@ -11,7 +12,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cyclopts
 import torch
@@ -29,7 +30,7 @@ from fewstep.zoo import read_config
 
 MODELS = Path(__file__).parents[1] / "models"
 LONGER = 1.2
-"""An FDM step on an eighth of the batch costs about so many CFM steps of time (benchmarks/fdm_cost.py)."""
+"""An FDM step costs about so many CFM steps of time (benchmarks/fdm_cost.py)."""
 
 
 @cyclopts.Parameter(name="*")
@@ -49,6 +50,11 @@ class Config:
     """Of each model in the comparison of CFM with FDM."""
     seeds: int = 1
     """Of that comparison."""
+    start: str = ""
+    """Model that the comparison goes on from; default: random weights."""
+    lr: float = 6e-4
+    precision: Literal["no", "bf16"] = "no"
+    """Of the comparison's training."""
     divergence: float = 0.02
     """FDM's weight."""
     samples: int = 2000
@@ -77,7 +83,8 @@ def experiment(config: Config, out: Path, runs: Path) -> Rows:
     def compared(seed: int, divergence: float, longer: float, rows: Rows) -> Row:
         recipe = replace(
             RECIPES["cifar10-flow"], data=config.train, dequantize=True, seed=seed, steps=round(config.steps * longer),
-            decay="cosine", divergence=divergence,
+            decay="cosine", divergence=divergence, start=config.start, lr=config.lr, precision=config.precision,
+            warmup=min(200, config.steps // 5),
         )  # fmt: skip
         folder = runs / f"compared-{seed}-{divergence:g}-{longer:g}"
         model = _trained(recipe, folder, spread_out, Keeping(every=200))
@@ -85,12 +92,18 @@ def experiment(config: Config, out: Path, runs: Path) -> Rows:
         shutil.rmtree(folder)
         return row
 
+    def started(rows: Rows) -> Row:
+        return _record(Path(config.start)) | measure(load(config.start))
+
     def floor(rows: Rows) -> Row:
         half = torch.randperm(len(truth), generator=torch.Generator().manual_seed(0))
         return {"FD": frechet(truth[half[: config.samples]], truth[half[config.samples :]])} | facts
 
     cells: dict[str, Cell] = {"real": floor}
-    cells |= {name: partial(kept, name) for name in ("cifar10-flow", "cifar10-vp")}
+    if config.start:
+        cells["start"] = started
+    else:
+        cells |= {name: partial(kept, name) for name in ("cifar10-flow", "cifar10-vp")}
     for seed in range(config.seeds):
         cells[f"CFM/{seed}"] = partial(compared, seed, 0.0, 1.0)
         cells[f"FDM/{seed}"] = partial(compared, seed, config.divergence, 1.0)
@@ -157,7 +170,7 @@ def _table(config: Config, rows: Rows) -> str:
         f"\nFD*: Frechet distance of {config.samples} samples ({config.calls} calls each) to the 10,000 test images in the 64 "
         f"features of a classifier trained here ({accuracy:.1%} of the test images right); real: {config.samples} test images "
         f"against the others. Bits/dim: {config.likelihoods} test images, uniform dequantisation, Hutchinson, 8 Runge-Kutta "
-        "steps; the two kept models were not trained on dequantised images, the comparison's were.\n"
+        "steps; the kept models and a comparison's start were not trained on dequantised images, the comparison's were.\n"
     )
 
 
