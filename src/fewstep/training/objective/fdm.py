@@ -60,8 +60,10 @@ class FlowAndDivergence:
     The theory needs source noise that is normal and independent of the data: not for optimal transport or teacher pairs.
 
     Attributes:
-        weight: lambda, of the term's mean over samples and steps; 0 switches it off at no cost. 0.1 to 0.2 helped in the plane
-            and hurt on trajectories of 180 and 240 numbers, where 0.01 did no harm (experiments/).
+        weight: lambda, of the term's mean over samples and steps; 0 switches it off at no cost. What bounds it is noise: with
+            r the noise of the term's gradient in units of the regression's (4.0 on 8x8 digits, 11.5 on 3x32x32 images:
+            benchmarks/fdm_noise.py), keep it well below sqrt(share / every) / r. 0.2 on the whole batch helped in the plane, on
+            a sixteenth it did harm there; 0.1 hurt on trajectories of 180 and 240 numbers, 0.01 did not (experiments/).
         form: see above.
         share: fraction of the batch that the term is computed on, evenly spaced rows from an offset drawn at each step; it
             is scaled by 1 / share, so that its mean stays the same.
