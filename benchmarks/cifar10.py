@@ -86,7 +86,7 @@ class Config:
     budgets: str = "4,6,8,10"
     """NFE."""
     learn: str = ""
-    """Those of them that `tune --effort learn` and the images are for; default all."""
+    """Those of them that `tune --effort learn` is for; default all."""
     count: int = 500
     """Images per sampler and seed for distances."""
     noises: int = 64
@@ -382,7 +382,7 @@ def main(
             "fit": partial(tuned, case, "fit", case.budgets),
             "learn": partial(tuned, case, "learn", case.learnt),
         }
-        parts |= {f"images/{n}": partial(distances, case, n) for n in case.learnt}
+        parts |= {f"images/{n}": partial(distances, case, n) for n in case.budgets}
         parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.small or n == 8}
         parts |= {f"pfdiff/{n}/guidance {w:g}": partial(pfdiff, case, n, w) for n in case.budgets for w in (1.0, 2.0)}
         parts |= {f"guidance/{n}": partial(ranges, case, n) for n in case.budgets if case.name == "digits" and n in (6, 8)}
