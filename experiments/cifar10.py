@@ -84,7 +84,7 @@ def experiment(config: Config, out: Path, runs: Path) -> Rows:
         recipe = replace(
             RECIPES["cifar10-flow"], data=config.train, dequantize=True, seed=seed, steps=round(config.steps * longer),
             decay="cosine", divergence=divergence, start=config.start, lr=config.lr, precision=config.precision,
-            warmup=min(200, config.steps // 5),
+            warmup=min(200, config.steps // 5) if config.start else 200,
         )  # fmt: skip
         folder = runs / f"compared-{seed}-{divergence:g}-{longer:g}"
         model = _trained(recipe, folder, spread_out, Keeping(every=200))
