@@ -84,7 +84,8 @@ def errors(cells: Cells, model: str) -> str:
     head += ["the same on BOSS's grid", "`--effort fit`", "ratio", "of medians", "`--effort learn`", "ratio", "of medians"]
     solved = [v for k, v in cells.get(f"{model}/dopri5", {}).items() if k.startswith("dopri5")]
     adaptive = ", ".join(f"{v['rmse']:.4f} at {v['nfe']} calls" for v in solved)
-    return f"{markdown(head, lines)}\n\nRatios are to the best stock scheduler at this NFE. dopri5: {adaptive}.\n"
+    note = "Ratios are to the best stock scheduler at this NFE." + (f" dopri5: {adaptive}." if solved else "")
+    return f"{markdown(head, lines)}\n\n{note}\n"
 
 
 def cost(cells: Cells, model: str) -> str:
