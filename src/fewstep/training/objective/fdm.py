@@ -53,9 +53,9 @@ class FlowAndDivergence:
     divide by d: their lambda is this one over d. The term carries the weight that `base` puts on the velocity error.
 
     Cost (benchmarks/fdm_cost.py, CPU, one thread of a machine in use): on U-Nets with and without attention the default, the
-    vector form on 1/16 of the batch, takes 1.17 to 1.30 times the time (two runs) and 1.17 to 1.19 times the memory of the
-    regression alone; on the whole batch 2.6 to 3.6 times and 3.1 to 3.7 times. Networks so small that weights outweigh
-    activations pay more for a small share: a 4 x 512 MLP 1.17 to 1.28 and 1.46.
+    vector form on 1/16 of the batch, takes 1.2 to 1.3 times the time of the regression alone and, back-propagated piece by piece,
+    no more memory; on the whole batch 2.8 to 3.3 times and 3.1 to 3.7 times. On a 4 x 512 MLP, where weights outweigh
+    activations, 1.24 and 1.21.
 
     The theory needs source noise that is normal and independent of the data: not for optimal transport or teacher pairs.
 
