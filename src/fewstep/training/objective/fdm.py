@@ -53,7 +53,7 @@ class FlowAndDivergence:
     divide by d: their lambda is this one over d. The term carries the weight that `base` puts on the velocity error.
 
     Cost (benchmarks/fdm_cost.py, CPU, one thread of a machine in use): on U-Nets with and without attention the default, the
-    vector form on 1/16 of the batch, takes 1.2 to 1.3 times the time of the regression alone and, back-propagated piece by piece,
+    vector form on 1/16 of the batch, takes 1.2 to 1.3 times the time of the regression alone and, in a pass of its own,
     no more memory; on the whole batch 2.8 to 3.3 times and 3.1 to 3.7 times. On a 4 x 512 MLP, where weights outweigh
     activations, 1.24 and 1.21.
 
