@@ -48,6 +48,7 @@ def train(
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
     if processes > 1 and "LOCAL_RANK" not in os.environ:
+        settings.pieces(processes)  # said once here, not by every process and then by torchrun
         _torchrun(processes)
     try:
         from .training.loop import train as run

@@ -145,6 +145,7 @@ def test_on_a_terminal_there_is_a_bar(tmp_path, monkeypatch, capsys):
         (["--steps", "3"], "data must be given: --data"),
         (["--recipe", "cifar10-flow", "--data", "no-such.parquet"], "no-such.parquet"),
         (["--recipe", "digits", "--processes", "0"], "processes must be at least 1"),
+        (["--recipe", "digits", "--batch", "2", "--processes", "3"], "a batch of 2 does not divide among 3 processes"),
     ],
 )
 def test_mistakes_get_one_line(words, message, capsys, tmp_path):

@@ -115,6 +115,20 @@ class Recipe:
         """The options of the network that are set."""
         return {name: value for name in NETWORK_OPTIONS if (value := getattr(self, name)) is not None}
 
+    def pieces(self, processes: int) -> int:
+        """Equal pieces that a step's batch is cut into.
+
+        Raises:
+            FewstepError: it does not divide.
+        """
+        count = processes * self.accumulate
+        if self.batch % count:
+            raise FewstepError(
+                f"a batch of {self.batch} does not divide among {processes} processes with {self.accumulate} pieces each; "
+                f"choose a multiple of {count}"
+            )
+        return count
+
     def check(self) -> None:
         """Refuse settings that no run can have.
 

@@ -61,13 +61,7 @@ def shares_of(recipe: Recipe, process: int, processes: int) -> list[tuple[int, i
     Raises:
         FewstepError: the batch does not divide.
     """
-    pieces = processes * recipe.accumulate
-    if recipe.batch % pieces:
-        raise FewstepError(
-            f"a batch of {recipe.batch} does not divide among {processes} processes with {recipe.accumulate} pieces each; "
-            f"choose a multiple of {pieces}"
-        )
-    each = recipe.batch // pieces
+    each = recipe.batch // recipe.pieces(processes)
     return [
         ((process * recipe.accumulate + k) * each, (process * recipe.accumulate + k + 1) * each)
         for k in range(recipe.accumulate)
