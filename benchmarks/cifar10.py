@@ -202,11 +202,11 @@ def _table(row: Row) -> Sampler:
 
 
 def stock(case: Case, nfe: int, rows: Rows) -> Row:
-    """Every stock scheduler as shipped and corrected, Euler and Heun on uniform, EDM, log-SNR and BOSS grids, dopri5."""
+    """Every stock scheduler as shipped and corrected, Euler and Heun on uniform, log-SNR and BOSS grids."""
     field = case.field(8)
     boss = Boss().grids(field, draw((8, *case.model.shape), 0, 0), range(1, nfe + 1))  # type: ignore[misc]  # has a shape
     found = {c.name: c for c in candidates(field, nfe, boss)}
-    wanted = [f"{m}@{g}" for m in ("euler", "ddim", "heun") for g in ("uniform", "karras", "log-snr", "boss")]
+    wanted = [f"{m}@{g}" for m in ("euler", "ddim", "heun") for g in ("uniform", "log-snr", "boss")]
     pick = {n: c for n, c in found.items() if c.group != "method" or n in wanted}
     measured = case.errors({n: c.sampler for n, c in pick.items()}, {n: c.group for n, c in pick.items()})
     best = min((n for n in pick if pick[n].group != "method"), key=lambda n: measured[n]["rmse"]["value"])
