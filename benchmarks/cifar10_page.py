@@ -26,8 +26,8 @@ TITLES = {
 EFFORTS = ("fit", "learn")
 NOTES = {
     "pfdiff": (
-        "On steps uniform in t, which on EDM's path is far from the grids in use. (k, l) of each family is the best by RMSE on these "
-        "test noises.",
+        "On steps uniform in t, which on EDM's path is far from the grids in use. (k, l) of each family is the best by RMSE on "
+        "these test noises.",
     ),
     "guidance": ("32 noises for each value, for one table as for three.",),
 }
