@@ -34,15 +34,18 @@ class Journal:
         try:
             self._directory.mkdir(parents=True, exist_ok=True)
             self._file = self._directory / "journal.jsonl"
-            lines = self._file.read_text().splitlines() if self._file.exists() else []
+            text = self._file.read_text() if self._file.exists() else ""
+            if text and not text.endswith("\n"):  # torn when the process died: the next entry must not be glued to it
+                with self._file.open("a") as out:
+                    out.write("\n")
         except OSError as error:
             raise FewstepError(f"cannot keep progress in {self._directory}: {error.strerror}; choose another folder") from None
-        for line in lines:
+        for line in text.splitlines():
             try:
                 entry = json.loads(line)
                 self._entries[entry["key"]] = entry["value"]
             except (ValueError, KeyError, TypeError):
-                break  # the line that was being written when the process died; what follows it cannot exist
+                continue  # a line that was being written when the process died
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         """The value under `key`, made (and kept) if it is new. Values are plain JSON data."""
@@ -94,7 +97,7 @@ def _plain(sampler: Sampler) -> dict[str, Any]:
 def identity(field: Field, noise: Tensor, *words: object) -> str:
     """A hash of what a result depends on: the field's own output on some noise, the noise, and the settings."""
     digest = hashlib.sha256(repr(words).encode())
-    digest.update(noise.detach().cpu().numpy().tobytes())
+    digest.update(noise.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
     with torch.no_grad():
         digest.update(field(noise, 0.5).detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
