@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cache, cached_property, partial
 from pathlib import Path
@@ -21,7 +22,6 @@ from typing import Any
 
 import cyclopts
 import torch
-from torch import Tensor
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 
@@ -46,12 +46,13 @@ from fewstep import (
     tune,
 )
 from fewstep._errors import BudgetError
-from fewstep.candidates import candidates
+from fewstep.candidates import candidates, grids
 from fewstep.evaluation import BiasWarning, Extractor, Features, Group
 from fewstep.evaluation import Row as Measured
 from fewstep.methods import Method
 from fewstep.noise import draw
-from fewstep.path import CondOT
+from fewstep.path import AffinePath, CondOT
+from fewstep.problem import Problem
 from fewstep.training.loop import train
 from fewstep.training.recipe import RECIPES
 from fewstep.training.state import checkpoints
@@ -71,6 +72,8 @@ DIGITS = {
     for kind in ("vp", "edm")
 }
 """What is trained here: the digits' recipe with the path and objective of the CIFAR-10 recipes."""
+PAIRS = ((1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3))
+"""(k, l) of PFDiff, as published."""
 CLASSIFIER = ROOT / "models" / "cifar10-classifier"
 
 
@@ -138,21 +141,32 @@ class Case:
         """All classes in turn."""
         return self.model.given(torch.arange(count) % self.model.classes, guidance=guidance)  # type: ignore[operator]  # has classes
 
+    @property
+    def tol(self) -> float:
+        """Of references: what is measured errs by more, and a finer one costs hours on the CIFAR-10 VP model."""
+        return 1e-4 if self.small else 5e-4 if self.flow else 2e-3
+
     @cache  # noqa: B019  # lives as long as the run
-    def test(self, guidance: float = 1.0, times: int = 1) -> tuple[Any, Tensor, Any]:
-        """Field, `times` as much noise as configured, and its converged solution for end-point errors."""
+    def problem(self, which: int, count: int, guidance: float = 1.0) -> Problem:
+        """Noise (7: the test noise; 0: what is learnt and chosen by) and its converged solution."""
         assert self.model.shape is not None
-        noise = draw((times * self.config.noises, *self.model.shape), 0, 7)
-        field = self.field(len(noise), guidance)
-        return field, noise, reference(field, noise, tol=1e-4 if self.small else 5e-4 if self.flow else 2e-3)
+        noise = draw((count, *self.model.shape), 0, which)
+        field = self.field(count, guidance)
+        return Problem(field, noise, reference(field, noise, tol=self.tol))
+
+    def test(self, guidance: float = 1.0, times: int = 1) -> Problem:
+        """The test noise, `times` as much as configured."""
+        return self.problem(7, times * self.config.noises, guidance)
 
     def errors(
         self, tables: Mapping[str, Sampler], groups: Mapping[str, Group] | None = None, guidance: float = 1.0, times: int = 1
     ) -> Row:
         """End-point errors by name."""
-        field, noise, solution = self.test(guidance, times)
-        report = compare(tables, field, noise, reference=solution, metrics=("rmse", "median", "psnr"), groups=groups)
-        return {r.name: _plain(r) for r in report.rows} | {"reference error": solution.error}
+        test = self.test(guidance, times)
+        report = compare(
+            tables, test.field, test.noise, reference=test.solution, metrics=("rmse", "median", "psnr"), groups=groups
+        )
+        return {r.name: _plain(r) for r in report.rows} | {"reference error": test.solution.error}
 
     @cache  # noqa: B019  # as above
     def real(self) -> tuple[Features, Extractor]:
@@ -202,24 +216,40 @@ def _table(row: Row) -> Sampler:
 
 
 def stock(case: Case, nfe: int, rows: Rows) -> Row:
-    """Every stock scheduler as shipped and corrected, Euler and Heun on uniform, log-SNR and BOSS grids."""
-    field = case.field(8)
+    """Every stock scheduler as shipped and corrected; Euler, DDIM and Heun on uniform, log-SNR, EDM (Karras) and BOSS grids."""
+    field, path = case.field(8), case.model.path
     boss = Boss().grids(field, draw((8, *case.model.shape), 0, 0), range(1, nfe + 1))  # type: ignore[misc]  # has a shape
-    found = {c.name: c for c in candidates(field, nfe, boss)}
-    wanted = [f"{m}@{g}" for m in ("euler", "ddim", "heun") for g in ("uniform", "log-snr", "boss")]
-    pick = {n: c for n, c in found.items() if c.group != "method" or n in wanted}
-    measured = case.errors({n: c.sampler for n, c in pick.items()}, {n: c.group for n, c in pick.items()})
-    best = min((n for n in pick if pick[n].group != "method"), key=lambda n: measured[n]["rmse"]["value"])
+    pick = {c.name: c for c in candidates(field, nfe, boss) if c.group != "method"}
+    tables = {c.name: c.sampler for c in pick.values()}
+    for method in (methods.euler, methods.ddim(path), methods.heun):
+        tables |= on_grids(method, path, nfe, ("uniform", "log-snr", "karras", "boss"), boss)
+    measured = case.errors(tables, {n: pick[n].group if n in pick else "method" for n in tables})
+    best = min(pick, key=lambda n: measured[n]["rmse"]["value"])
     return measured | {"best stock": best, "table": _kept(pick[best].sampler)}
+
+
+def on_grids(
+    method: Method, path: AffinePath, nfe: int, wanted: Sequence[str], boss: Mapping[int, TimeGrid] | None = None
+) -> dict[str, Sampler]:
+    """The method's tables of this NFE on the grids that it can walk: none where it cannot spend exactly so many calls."""
+    found = {}
+    try:
+        steps = method.intervals(nfe)
+    except BudgetError:
+        return {}
+    for name, grid in grids(steps, path, (boss or {}).get(steps)).items():
+        if name in wanted:
+            with suppress(ValueError):  # it asks where the velocity is infinite
+                found[f"{method.name}@{name}"] = tabulate(method, grid, start_scale=path.start_scale)
+    return found
 
 
 def adaptive(case: Case, rows: Rows) -> Row:
     """Torchdiffeq's dopri5 with the NFE that it took."""
-    field, noise, solution = case.test()
-    found = {}
+    test, found = case.test(), {}
     for tol in (1e-1, 1e-2, 1e-3):
-        solved = dopri5(field, noise, tol=tol)
-        error = float((solved.sample - solution.end).double().square().mean().sqrt())
+        solved = dopri5(test.field, test.noise, tol=tol)
+        error = float((solved.sample - test.solution.end).double().square().mean().sqrt())
         found[f"dopri5, tol {tol:g}"] = {"nfe": solved.nfe, "rmse": error}
     return found
 
@@ -251,20 +281,14 @@ def tuned(case: Case, effort: str, budgets: Sequence[int], rows: Rows) -> Row:
 
 
 def learned(case: Case, nfe: int, rows: Rows) -> Row:
-    """The learned solvers one by one at this NFE, from the same noise: error, parameters, network passes, seconds."""
-    shape = case.model.shape
+    """The learned solvers one by one at this NFE, from the same noise: error, parameters, network passes, seconds, table."""
+    shape, path, tol, flow = case.model.shape, case.model.path, min(case.tol, 1e-4) if case.flow else case.tol, case.flow
     assert shape is not None
     noise = draw((case.config.single, *shape), 0, 0)
-    flow = case.flow
-    knots: list[Method] = [methods.euler, methods.pfdiff(1, 1)] if flow else [methods.ddim(case.model.path)]
-    tol = 1e-4 if flow or case.small else 2e-3  # of the references; what is learnt errs by more
+    knots: list[Method] = [methods.euler, methods.pfdiff(1, 1)] if flow else [methods.ddim(path)]
     tuners: dict[str, Any] = {"fit (LeastSquares)": LeastSquares(tol=tol), "NonStationary": NonStationary(tol=tol)}
     tuners |= {f"LearnedKnots({m.name})": LearnedKnots(m, tol=tol) for m in knots}
-    if flow:
-        tuners |= {
-            "Bespoke RK1": Bespoke("euler"),
-            "Bespoke RK2": Bespoke("midpoint"),
-        }
+    tuners |= {"Bespoke RK1": Bespoke("euler", tol=tol), "Bespoke RK2": Bespoke("midpoint", tol=tol)}
     if flow and case.small:
         tuners |= {
             "Bespoke RK2, identity start": Bespoke("midpoint", widths=(1.0,)),
@@ -277,21 +301,32 @@ def learned(case: Case, nfe: int, rows: Rows) -> Row:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "no step improved|the bound improved nothing")  # the row then shows its start
             try:
-                tables[name] = tuner(counted, noise, nfe=nfe)
+                table = tuner(counted, noise, nfe=nfe)
             except BudgetError:
                 continue
-        cost[name] = {"network passes": counted.samples, "seconds": round(time.perf_counter() - start, 1)}
-        cost[name]["parameters"] = {"Bespoke RK": 4 * nfe - 1, "LearnedKno": nfe - 1}.get(
-            name[:10], len(numbers_of(tables[name]))
-        )
-    plain = {
-        m.name: tabulate(m, TimeGrid.uniform(m.intervals(nfe)))
-        for m in (methods.euler, methods.midpoint)
-        if flow and m.calls(nfe)
+        tables[name] = table
+        numbers = {"Bespoke RK": 4 * nfe - 1, "LearnedKno": nfe - 1}.get(name[:10], len(numbers_of(table)))
+        spent = {"network passes": counted.samples, "seconds": round(time.perf_counter() - start, 1), "parameters": numbers}
+        cost[name] = spent | {"table": _kept(table)}
+    for method in (methods.euler, methods.midpoint) if flow else (methods.ddim(path),):
+        tables |= on_grids(method, path, nfe, ("uniform",))
+    times = 4 if case.small or flow else 1  # a reference on the CIFAR-10 VP model takes minutes per dozen
+    measured = case.errors(tables, times=times)
+    found: Row = {n: measured[n] | cost.get(n, {}) for n in tables}
+    return found | {
+        "noises": len(noise), "tested": len(case.test(times=times).noise), "reference error": measured["reference error"],
+        "training passes": training_passes(HOUSE[case.name]),
+    }  # fmt: skip
+
+
+def learned_images(case: Case, nfe: int, rows: Rows) -> Row:
+    """Images of the learned solvers one by one, beside the best stock scheduler's."""
+    solvers = {
+        n: _table(row["table"])
+        for n, row in rows[f"{case.name}/learned/{nfe}"].items()
+        if isinstance(row, dict) and "table" in row
     }
-    measured = case.errors(tables | plain, times=4)
-    found: Row = {n: measured[n] | cost.get(n, {}) for n in measured if n != "reference error"}
-    return found | {"noises": len(noise), "tested": len(case.test(times=4)[1])}
+    return case.images({"best stock": _table(rows[f"{case.name}/stock/{nfe}"]["table"])} | solvers, against="best stock")
 
 
 def distances(case: Case, nfe: int, rows: Rows) -> Row:
@@ -304,40 +339,52 @@ def distances(case: Case, nfe: int, rows: Rows) -> Row:
     return case.images(tables, against="best stock")
 
 
+def families(path: AffinePath) -> dict[str, list[Method]]:
+    """PFDiff's bases and halves, and PFDiff, each with the (k, l) that it may choose from."""
+    flow = isinstance(path, CondOT)
+    base, frozen = (methods.euler, "velocity") if flow else (methods.ddim(path), "noise")
+    found = {
+        base.name: [base],
+        "past only": [past_only(k, l, path) for k, l in ((1, 1), (2, 1), (3, 1))],
+        "future only": [future_only(k, l, path) for k, l in ((1, 1), (2, 1), (3, 1))],
+        f"PFDiff, {base.name}": [methods.pfdiff(k, l, base, frozen) for k, l in PAIRS],
+    }
+    if not flow:
+        second = methods.dpm_single(path, 2, "noise")
+        found |= {"DPM-Solver-2": [second], "PFDiff, DPM-Solver-2": [methods.pfdiff(k, l, second, "noise") for k, l in PAIRS]}
+    return found
+
+
 def pfdiff(case: Case, nfe: int, guidance: float, rows: Rows) -> Row:
-    """Base, past only, future only and PFDiff with its (k, l) searched, from the same start; RMSE, then images of the best."""
-    tables: dict[str, Sampler] = {}
+    """Bases, halves and PFDiff from the same start level; (k, l) and grid of each chosen on noise that no error is told of."""
     path = case.model.path
-    base = methods.euler if case.flow else methods.ddim(path)
-    frozen = "velocity" if case.flow else "noise"
-    variants = [base, *(make(k, l, path) for make in (past_only, future_only) for k, l in ((1, 1), (2, 1), (3, 1)))]
-    variants += [methods.pfdiff(k, l, base, frozen) for k, l in ((1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3))]
-    if not case.flow:
-        variants += [methods.dpm_single(path, 2, "data"), methods.pfdiff(1, 1, methods.dpm_single(path, 2, "data"), "data")]
-    for method in variants:
-        try:
-            tables[method.name] = tabulate(method, TimeGrid.uniform(method.intervals(nfe)), start_scale=path.start_scale)
-        except (BudgetError, ValueError):
-            continue  # this method cannot spend exactly this budget on a uniform grid
-    errors = case.errors(tables, guidance=guidance)
+    choosing = case.problem(0, case.config.single, guidance)
     best: dict[str, str] = {}
-    for family in (base.name, "past", "future", "pfdiff"):
-        mine = [n for n in tables if n.startswith(family)]
+    tables: dict[str, Sampler] = {}
+    for family, variants in families(path).items():
+        mine: dict[str, Sampler] = {}
+        for method in variants:
+            mine |= on_grids(method, path, nfe, ("uniform", "log-snr", "karras"))
         if mine:
-            best[family] = min(mine, key=lambda n: errors[n]["rmse"]["value"])
-    images = case.images({n: tables[n] for n in best.values()}, guidance)
-    seconds = timed({n: tables[n] for n in best.values()}, *case.test(guidance)[:2])
-    return {"errors": errors, "images": images, "best": best, "seconds per 1,000 samples": seconds}
+            best[family] = min(mine, key=lambda n: choosing.score(mine[n]))
+            tables[best[family]] = mine[best[family]]
+    seconds = timed(tables, case.test(guidance))
+    return {
+        "errors": case.errors(tables, guidance=guidance),
+        "images": case.images(tables, guidance),
+        "best": best,
+        "seconds per 1,000 samples": seconds,
+    }
 
 
-def timed(tables: Mapping[str, Sampler], field: Any, noise: Tensor, rounds: int = 5) -> dict[str, float]:
+def timed(tables: Mapping[str, Sampler], test: Problem, rounds: int = 5) -> dict[str, float]:
     """Median seconds for 1,000 samples on one thread; the tables take turns, so that the machine's moods hit all alike."""
     spent: dict[str, list[float]] = {name: [] for name in tables}
     for _ in range(rounds):
         for name, table in tables.items():
             start = time.perf_counter()
-            table(field, noise)
-            spent[name].append((time.perf_counter() - start) * 1000 / len(noise))
+            table(test.field, test.noise)
+            spent[name].append((time.perf_counter() - start) * 1000 / len(test.noise))
     return {name: float(torch.tensor(s).median()) for name, s in spent.items()}
 
 
@@ -385,6 +432,7 @@ def main(
         }
         parts |= {f"images/{n}": partial(distances, case, n) for n in case.budgets}
         parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.small or n == 8}
+        parts |= {f"learned-images/{n}": partial(learned_images, case, n) for n in case.budgets if case.small or n == 8}
         parts |= {f"pfdiff/{n}/guidance {w:g}": partial(pfdiff, case, n, w) for n in case.budgets for w in (1.0, 2.0)}
         parts |= {f"guidance/{n}": partial(ranges, case, n) for n in case.budgets if case.name == "digits" and n in (6, 8)}
         cells |= {f"{case.name}/{k}": cell for k, cell in parts.items() if only in f"{case.name}/{k}"}

@@ -301,9 +301,21 @@ def test_a_budget_that_was_not_tuned_is_refused(result):
         result[8]
 
 
+@pytest.mark.parametrize(
+    ("effort", "noise", "message"),
+    [
+        ("learn", 2, 'effort "learn" at 8 calls learns 52 numbers at once: it needs at least 4 noises of 64 elements, got 2'),
+        ("fit", 1, 'effort "fit" at 8 calls fits 9 numbers at once: it needs at least 4 noises of 64 elements, got 1'),
+    ],
+)
+def test_too_little_noise_for_what_is_fitted_is_refused_with_the_number_needed(effort, noise, message):
+    with pytest.raises(FieldError, match=message):
+        tune(load("digits"), nfe=(4, 8), noise=noise, effort=effort)
+
+
 def test_nan_from_the_network_names_the_call_and_the_time():
     def network(x, t):
         return torch.where(t[:, None] > 0.3, torch.nan, 1.0) * x
 
     with pytest.raises(FieldError, match=r"NaN at call \d+ .*time t = 0\.\d+"):
-        tune(adapt(network, shape=(2,)), nfe=4, noise=8)
+        tune(adapt(network, shape=(2,)), nfe=4, noise=10)

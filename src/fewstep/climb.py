@@ -14,7 +14,7 @@ from .composite import JointField
 from .field import Model, ModelField
 from .journal import Journal, identity
 from .ladder import Climb, Effort, Ground
-from .noise import NOISES, TEST, draw, enough
+from .noise import NOISES, TEST, draw, enough, needed
 from .problem import Score
 from .progress import Stages
 from .result import TuneResult
@@ -59,7 +59,8 @@ def tune(
 
     Raises:
         BudgetError: an NFE below 1.
-        FieldError: NaN or a wrong shape from the network, a reference that does not converge, or unknown noise shape.
+        FieldError: NaN or a wrong shape from the network, a reference that does not converge, unknown noise shape, or too
+            little noise to fit or learn from.
 
     Example:
         >>> result = tune(lambda x, t: x.cos() - x, nfe=2, noise=(32, 2), effort="search")
@@ -74,6 +75,7 @@ def tune(
     if metric not in ("rmse", "worst"):
         raise ValueError(f'metric is "rmse" or "worst", got "{metric}"')
     ground = _ground(model_or_field, noise, conditions, effort, seed)
+    _check_enough(ground.fitting, effort, budgets[-1])
     key = identity(ground.field, ground.fitting, __version__, torch.__version__, seed, metric, len(ground.test))
     with Stages(progress) as stages:
         journal = Journal(None if resume is None else Path(resume), key)
@@ -109,6 +111,16 @@ def _ground(
     more = max(each, -(-enough(TEST, fitting[0].numel()) // count))
     test = draw((more * count, *fitting.shape[1:]), seed, 2).to(fitting)
     return Ground(_joint(source, conditions, each), fitting, _joint(source, conditions, more), test)
+
+
+def _check_enough(fitting: Tensor, effort: Effort, nfe: int) -> None:
+    """FieldError unless there are residuals for the numbers that the largest budget fits or learns at once."""
+    size, numbers = fitting[0].numel(), {"search": 0, "fit": nfe + 1, "learn": nfe * (nfe + 5) // 2}[effort]
+    if effort != "search" and len(fitting) < (least := needed(numbers, size)):
+        raise FieldError(
+            f'effort "{effort}" at {nfe} calls {effort}s {numbers} numbers at once: it needs at least {least} noises of {size} '
+            f"elements, got {len(fitting)}"
+        )
 
 
 def _shape(model: Model | None, noise: int | None, count: int, effort: Effort) -> tuple[int, ...]:

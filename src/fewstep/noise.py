@@ -18,6 +18,12 @@ SCREEN = (2, 128)
 BOSS_NOISES = (8, 512)
 """Likewise for BOSS's grids."""
 
+PER_NUMBER = 4
+"""Residuals (noises times elements) for each number that is fitted or learnt, at least."""
+
+FEWEST = 4
+"""Noises to learn from, at least, however large they are."""
+
 MOST = 1024
 """Noises that are drawn unless more are asked for."""
 
@@ -25,6 +31,11 @@ MOST = 1024
 def enough(least: tuple[int, int], size: int) -> int:
     """Noises of `size` numbers: (noises, numbers in all) at least, but not above `MOST`."""
     return min(MOST, max(least[0], math.ceil(least[1] / size)))
+
+
+def needed(numbers: float, size: int) -> int:
+    """The fewest noises of `size` elements that so many numbers can be learnt from."""
+    return max(FEWEST, math.ceil(PER_NUMBER * numbers / max(size, 1)))
 
 
 def draw(shape: Sequence[int], seed: int, which: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ._types import Field
+from ._types import Field, FieldError
 from .composite import CountedField, JointField
 from .sampler import Sampler
 from .trajectory import Reference
@@ -58,6 +58,16 @@ class Problem:
             return float("inf")
         parts = squares.chunk(self.conditions) if kind == "worst" else (squares,)
         return max(float(part.mean().sqrt()) for part in parts)
+
+
+def judgeable(start: Sampler, held: Problem) -> float:
+    """The error of a table to start from; FieldError unless the reference is more accurate than the table to start from."""
+    begin, exact = held.score(start), held.solution.error
+    if not exact < begin:
+        raise FieldError(
+            f"the reference is only accurate to {exact:.2g}, the table to start from errs by {begin:.2g}; give a lower tol"
+        )
+    return begin
 
 
 def taken(field: Field, index: slice | Tensor) -> Field:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fewstep import EDM, VP, BudgetError, FieldError, JointField, TimeGrid, adapt, load, methods, reference, tabulate
 from fewstep.composite import start_scale
 from fewstep.problem import Problem
-from fewstep.tuners import Bespoke
+from fewstep.tuners import Bespoke, NonStationary
 from fewstep.tuners.bespoke import precondition, table_of
 from fewstep.tuners.scale_time import STAGES, ScaleTime, bound, lipschitz_products, run, step
 from fewstep.zoo.mixtures import mixture
@@ -379,8 +379,9 @@ def test_an_odd_budget_is_refused_for_the_midpoint_base(nfe, near):
 
 @pytest.mark.parametrize("widths", [(), (1.0, 0.0), (float("nan"),)])
 def test_widths_that_are_none_are_refused(widths):
-    with pytest.raises(FieldError, match=r"widths must be positive numbers, such as \(1.0,\), got"):
-        Bespoke(widths=widths)(lambda x, t: -x, randn(32, 4), nfe=4)
+    for tuner in (Bespoke, NonStationary):
+        with pytest.raises(ValueError, match=r"widths must be positive numbers, such as \(1.0,\), got"):
+            tuner(widths=widths)
 
 
 @pytest.mark.parametrize("training", ["end_to_end", "bound", "both"])

@@ -1,6 +1,7 @@
 """Gauss-Newton by forward differences: its Jacobian, its normal equations, what it reaches and what it refuses."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -335,6 +336,16 @@ def test_a_reference_that_is_less_accurate_than_the_start_is_refused():
         FieldError, match=r"the reference is only accurate to \S+, the table to start from errs by \S+; give a lower tol"
     ):
         learnt(write, theta, fitting, held, iterations=2)
+
+
+def test_a_table_that_is_nearer_to_the_reference_than_that_is_to_the_solution_is_told_of():
+    field, noise = network_field(), randn(96, 3)
+    table = tabulate(methods.euler, TimeGrid.uniform(4))
+    problems = halves(field, noise, numbers=18, holdout=0.25, tol=1e-5)
+    error = 0.9 * problems[1].score(table)
+    fitting, held = (Problem(p.field, p.noise, replace(p.solution, error=error)) for p in problems)
+    with pytest.warns(UserWarning, match=r"learnt is \S+ from a reference that is only accurate to \S+; a lower tol may lead"):
+        learnt(rows_of(table), numbers_of(table), fitting, held, iterations=2)
 
 
 def test_trial_steps_that_blow_up_under_a_checking_field_are_not_taken():

@@ -274,3 +274,13 @@ def test_a_network_that_returns_nan_is_refused(base):
     field = adapt(lambda x, t: x * (math.nan if float(t[0]) > 0.5 else 1.0), shape=(4,)).given()
     with pytest.raises(FieldError, match=r"the network returned NaN at call \d+"):
         LeastSquares(base)(field, randn(16, 4), nfe=3)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_reference_that_is_less_accurate_than_the_start_is_refused():
+    def wave(x, t):
+        return 5 * torch.cos(torch.as_tensor(6 * math.pi * t, dtype=x.dtype)) * torch.ones_like(x)
+
+    start = tabulate(methods.midpoint, TimeGrid.uniform(4))  # its four values cancel as the integral does
+    with pytest.raises(FieldError, match=r"the reference is only accurate to .*; give a lower tol"):
+        LeastSquares(start, tol=1.0)(wave, randn(96, 4), nfe=8)

@@ -10,11 +10,13 @@ from typing import Literal
 from torch import Tensor
 
 from .._tabulate import write_table
-from .._types import BudgetError, Field, FieldError, State
+from .._types import BudgetError, Field, State
 from ..composite import start_scale
 from ..grid import TimeGrid
+from ..problem import judgeable
 from ..sampler import Sampler
-from .gauss_newton import halves, judgeable, learnt
+from .gauss_newton import halves, learnt
+from .options import one_of, positive, positives, share
 from .scale_time import STAGES, Base, ScaleTime, bound_training, run
 
 Training = Literal["end_to_end", "bound", "both"]
@@ -26,9 +28,9 @@ def table_of(q: ScaleTime, base: Base, scale: float = 1.0) -> Sampler:
     return table.named(f"bespoke-{base}")
 
 
-def precondition(nfe: int, sigma0: float) -> Sampler:
+def precondition(nfe: int, sigma0: float, scale: float = 1.0) -> Sampler:
     """Euler on the path whose noise is wider by `sigma0`, see `ScaleTime.widened`."""
-    return table_of(ScaleTime.widened(nfe, sigma0), "euler").named(f"preconditioned({sigma0:g})")
+    return table_of(ScaleTime.widened(nfe, sigma0), "euler", scale).named(f"preconditioned({sigma0:g})")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class Bespoke:
 
     Costs per sample: the reference's calls; those of one sample per width; per Gauss-Newton iteration about (4 n - 1) n or
     (8 n - 1) 2 n field calls; per iteration on the bound those of one sample, forward and backward, all steps in one batch.
+
+    Raises:
+        ValueError: an unknown base or training, or a setting that is not positive.
     """
 
     base: Base = "midpoint"
@@ -64,18 +69,23 @@ class Bespoke:
     holdout: float = 0.25
     tol: float = 1e-4
 
+    def __post_init__(self) -> None:
+        one_of("base", self.base, Base)
+        one_of("training", self.training, Training)
+        positives("widths", self.widths)
+        positive(rate=self.rate, lipschitz=self.lipschitz, tol=self.tol)
+        share("holdout", self.holdout)
+
     def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
         """The learnt table, or the one to start from, with a warning, if nothing improves it on held-out noise.
 
         Raises:
             BudgetError: an odd `nfe` for the midpoint base.
-            FieldError: no width, or one that is not positive; too little noise; a reference that is not accurate enough.
+            FieldError: too little noise, or a reference that is not accurate enough.
         """
         if nfe % STAGES[self.base]:
             near = f"budgets to {nfe} are {nfe - 1} and {nfe + 1}" if nfe > 1 else "budget to 1 is 2"
             raise BudgetError(f"bespoke-midpoint makes two calls per step; the nearest {near}")
-        if not self.widths or not all(0.0 < width < float("inf") for width in self.widths):
-            raise FieldError(f"widths must be positive numbers, such as (1.0,), got {self.widths}")
         fitting, held = halves(field, noise, numbers=4 * nfe - 1, holdout=self.holdout, tol=self.tol)
         scale = start_scale(field)
 

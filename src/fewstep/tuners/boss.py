@@ -7,7 +7,7 @@ same program with other costs and a discount; OSS (2503.21774) lets the student 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +24,12 @@ from ..trajectory import Trajectory
 from .bellman import Schedules as Schedules
 from .bellman import bellman as bellman
 from .bellman import student_schedules as student_schedules
+from .options import one_of
 from .truncation import Cost as Cost
 from .truncation import chord_deviations as chord_deviations
 from .truncation import truncation_errors as truncation_errors
+
+States = Literal["teacher", "student"]
 
 
 class FinePath(NamedTuple):
@@ -69,7 +72,7 @@ class Boss:
     On paths with unbounded velocity the clock is the angle between noise and data, and method and costs are those of DDIM.
 
     Raises:
-        ValueError: an unknown cost, a discount that is not positive, or student states with another cost, a discount or
+        ValueError: unknown cost or states, a discount that is not positive, or student states with another cost, a discount or
             fixed times.
     """
 
@@ -79,11 +82,11 @@ class Boss:
     max_step: float | None = None
     fixed: tuple[float, ...] = ()
     discount: float = 1.0
-    states: Literal["teacher", "student"] = "teacher"
+    states: States = "teacher"
 
     def __post_init__(self) -> None:
-        if self.cost not in get_args(Cost):
-            raise ValueError(f'cost is one of {", ".join(get_args(Cost))}, got "{self.cost}"')
+        one_of("cost", self.cost, Cost)
+        one_of("states", self.states, States)
         if not 0 < self.discount < float("inf"):
             raise ValueError(f"discount must be positive (1 is none, GITS takes 1.15), got {self.discount}")
         if self.states == "student" and (self.cost, self.discount, self.fixed) != ("squared", 1.0, ()):

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .._types import FewstepError, Field, FieldError, State
 from ..composite import CountedField, dtype_of
-from ..problem import Problem, Score
+from ..noise import needed
+from ..problem import Problem, Score, judgeable
 from ..sampler import Sampler
 from ..trajectory import reference
 
@@ -34,8 +35,6 @@ DAMPINGS = (0.1, 1.0, 10.0)
 """Factors on the damping that every iteration tries."""
 
 MOST_DAMPING, LEAST_DAMPING = 1e3, 1e-9
-PER_NUMBER = 4
-"""Residuals asked for each number that is learnt, at least."""
 
 
 @dataclass(frozen=True)
@@ -136,20 +135,17 @@ def learnt(
     judgeable(write(theta), held)
     found = gauss_newton(write, theta, fitting, held, iterations=iterations, log_loss=log_loss)
     if not found.diverged:
+        if found.error < held.solution.error:
+            warnings.warn(
+                f"what was learnt is {found.error:.2g} from a reference that is only accurate to {held.solution.error:.2g}; a "
+                "lower tol may lead further",
+                stacklevel=3,
+            )
         return found.sampler
     kept = start or found.sampler
     name = kept.provenance.method or "the table to start from"
     warnings.warn(f"no step improved {name} on held-out noise; it is returned as it was", stacklevel=3)
     return kept
-
-
-def judgeable(start: Sampler, held: Problem) -> None:
-    """FieldError unless the reference is more accurate than the table to start from."""
-    begin, exact = held.score(start), held.solution.error
-    if not exact < begin:
-        raise FieldError(
-            f"the reference is only accurate to {exact:.2g}, the table to start from errs by {begin:.2g}; give a lower tol"
-        )
 
 
 def halves(field: Field, noise: State, *, numbers: int, holdout: float, tol: float) -> tuple[Problem, Problem]:
@@ -159,10 +155,10 @@ def halves(field: Field, noise: State, *, numbers: int, holdout: float, tol: flo
         FieldError: too little noise for so many numbers.
     """
     size = noise[0].numel()
-    needed = max(4, math.ceil(PER_NUMBER * numbers / max(size, 1) / (1 - holdout)))
-    if noise.shape[0] < needed:
+    least = needed(numbers / (1 - holdout), size)
+    if noise.shape[0] < least:
         raise FieldError(
-            f"learning {numbers} numbers needs at least {needed} noises of {size} elements ({holdout:.0%} of them only "
+            f"learning {numbers} numbers needs at least {least} noises of {size} elements ({holdout:.0%} of them only "
             f"validates), got {noise.shape[0]}"
         )
     problem = Problem(_open(field), noise, reference(field, noise, tol=tol))

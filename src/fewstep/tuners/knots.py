@@ -14,6 +14,7 @@ from ..methods import Method
 from ..sampler import Sampler
 from .boss import Boss
 from .gauss_newton import Write, halves, knots_of, learnt, spread_knots
+from .options import positive, share
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class LearnedKnots:
         tol: tolerance of the reference solution.
 
     Costs per sample: BOSS's and the reference's calls; per iteration about n field calls for every knot.
+
+    Raises:
+        TypeError: `method` is not a method.
+        ValueError: a setting out of its range.
     """
 
     method: Method
@@ -40,6 +45,12 @@ class LearnedKnots:
     log_loss: bool = False
     holdout: float = 0.25
     tol: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise TypeError(f"method is a method such as methods.euler or methods.ddim(path), got {self.method!r}")
+        positive(tol=self.tol)
+        share("holdout", self.holdout)
 
     def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
         """The method's table on the learnt knots; on the first ones, with a warning, if nothing improves it.

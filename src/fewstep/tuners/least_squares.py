@@ -4,16 +4,19 @@ Walk the calls once. At row i the states and outputs so far are fixed, so the be
 minimise the mean over noise of || a_i x_0 + sum_j b_ij u_j - x*(t_i) ||^2. The last row makes the end point optimal.
 """
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .._types import BudgetError, Field, FieldError, State
-from ..problem import Problem
+from ..noise import PER_NUMBER
+from ..problem import Problem, judgeable
 from ..sampler import Sampler
 from ..trajectory import Reference, reference
 from .boss import Boss
+from .options import positive, share
 
 CHUNK = 1 << 22
 """Elements per feature that are converted to float64 at once."""
@@ -31,6 +34,9 @@ class LeastSquares:
         tol: tolerance of the reference solution.
 
     Costs per sample: ``nfe`` field calls for each ridge and the reference's own.
+
+    Raises:
+        ValueError: no ridge, or a setting out of its range.
     """
 
     base: Sampler | None = None
@@ -38,13 +44,19 @@ class LeastSquares:
     holdout: float = 0.25
     tol: float = 1e-4
 
+    def __post_init__(self) -> None:
+        if not self.ridges or not all(0.0 <= ridge < math.inf for ridge in self.ridges):
+            raise ValueError(f"ridges must be numbers from 0 up, such as (1e-8, 1e-5), got {self.ridges}")
+        positive(tol=self.tol)
+        share("holdout", self.holdout)
+
     def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
         """The fitted table.
 
         Raises:
             BudgetError: `base` has another NFE.
             FieldError: `base` combines other predictions than velocities, or there is too little noise to fit and validate
-                `nfe` + 1 numbers per row.
+                `nfe` + 1 numbers per row, or the reference is not more accurate than `base`.
         """
         start = self.base or Boss()(field, noise, nfe=nfe)
         if start.nfe != nfe:
@@ -56,13 +68,13 @@ class LeastSquares:
             )
         problem = Problem(field, noise, reference(field, noise, tol=self.tol))
         split = problem.each - max(1, round(self.holdout * problem.each))
-        if split < 1 or problem.conditions * noise[:split].numel() < 4 * (nfe + 1):
+        if split < 1 or problem.conditions * noise[:split].numel() < PER_NUMBER * (nfe + 1):
             raise FieldError(
-                f"fitting {nfe} calls needs at least two noises per condition and {4 * (nfe + 1)} numbers in all, "
+                f"fitting {nfe} calls needs at least two noises per condition and {PER_NUMBER * (nfe + 1)} numbers in all, "
                 f"got shape {tuple(noise.shape)}"
             )
         fitting, held = problem.part(0, split), problem.part(split, problem.each)
-        best, least = start, held.score(start)
+        best, least = start, judgeable(start, held)
         for ridge in self.ridges:
             candidate, _ = fit(fitting.field, fitting.noise, fitting.solution, start, ridge=ridge)
             error = held.score(candidate)
@@ -85,6 +97,7 @@ def fit(field: Field, noise: State, solution: Reference, start: Sampler, *, ridg
     features = torch.empty(n + 1, batch, *noise.shape[1:], dtype=noise.dtype, device=noise.device)
     features[0] = noise
     gram = torch.zeros(n + 1, n + 1, dtype=torch.float64)
+    floor = torch.finfo(noise.dtype).eps ** 0.5
     table = torch.cat([start.a[:, None], start.b], dim=1).clone()  # row i: weights of the noise and of the outputs
     error = float("nan")
     with torch.no_grad():
@@ -94,7 +107,7 @@ def fit(field: Field, noise: State, solution: Reference, start: Sampler, *, ridg
             newest, moments, square = _inner(features[used], target)
             gram[used, i] = gram[i, used] = newest
             if i > 0 or float(start.times[0]) > 0.0:
-                table[i, used] = _solve(gram[used, used], moments, table[i, used], ridge)
+                table[i, used] = _solve(gram[used, used], moments, table[i, used], ridge, floor)
             if i < n:
                 weights = table[i, used].to(features)
                 state = torch.tensordot(weights, features[used], dims=1)
@@ -122,9 +135,13 @@ def _inner(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return newest, moments, square
 
 
-def _solve(gram: Tensor, moments: Tensor, start: Tensor, ridge: float) -> Tensor:
-    """Minimise |F c - target|^2 + ridge |c - start|^2 in the features' own scale."""
-    scale = gram.diagonal().sqrt().clamp(min=1e-30)
+def _solve(gram: Tensor, moments: Tensor, start: Tensor, ridge: float, floor: float) -> Tensor:
+    """Minimise |F c - target|^2 + ridge |c - start|^2 in the features' own scale, which is at least `floor` times the largest.
+
+    A feature that is zero up to rounding (the first velocity of symmetric data) then keeps its weight: scaled up it would fit.
+    """
+    scale = gram.diagonal().sqrt()
+    scale = scale.clamp(min=max(floor * float(scale.max()), 1e-30))
     scaled = gram / scale / scale[:, None]
     right = (moments - gram @ start) / scale
     step = torch.linalg.solve(scaled + ridge * torch.eye(len(gram), dtype=torch.float64), right)

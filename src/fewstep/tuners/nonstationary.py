@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from .._types import BudgetError, Field, FieldError, State
-from ..composite import path_of
-from ..path import CondOT
+from ..composite import start_scale
 from ..problem import Problem, Score
 from ..sampler import Sampler
 from .bespoke import precondition
 from .boss import Boss
 from .gauss_newton import Found, Write, gauss_newton, halves, learnt
 from .least_squares import fit
+from .options import positive, positives, share
 
 
 @dataclass(frozen=True)
@@ -28,30 +28,40 @@ class NonStationary:
 
     Attributes:
         start: the table to start from; default the closed-form fit on the BOSS grid.
-        sigma0: above 1, start from the fit on a path whose noise is wider by this factor (eq. 14; the paper takes 5 and 10 for
-            guidance 2 and 6.5).
+        widths: where no `start` is given, factors on the noise of the paths that the fit may start from as well (eq. 14; the
+            paper takes 5 and 10 for guidance 2 and 6.5): the fit that errs least on held-out noise is taken. 1 is BOSS's grid
+            on the path itself.
         holdout: share of the noise that only chooses among the iterates.
         iterations: Gauss-Newton iterations, at most.
         log_loss: minimise the mean logarithm of the error (eq. 13) instead of the mean error.
         tol: tolerance of the reference solution.
 
-    Costs per sample: the reference's calls, and for every iteration about nfe^3 / 3 field calls (148 at 8, 255 at 10).
+    Costs per sample: the reference's calls and BOSS's, 2 nfe for every width, and for every iteration about nfe^3 / 3 field
+    calls (148 at 8, 255 at 10).
+
+    Raises:
+        ValueError: no width, one that is not positive, or another setting out of its range.
     """
 
     start: Sampler | None = None
-    sigma0: float = 1.0
+    widths: tuple[float, ...] = (1.0, 2.0, 5.0)
     holdout: float = 0.25
     iterations: int = 8
     log_loss: bool = False
     tol: float = 1e-4
+
+    def __post_init__(self) -> None:
+        positives("widths", self.widths)
+        positive(tol=self.tol)
+        share("holdout", self.holdout)
 
     def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
         """The learnt table, or the one to start from, with a warning, if nothing improves it on held-out noise.
 
         Raises:
             BudgetError: `start` has another NFE.
-            FieldError: too little noise, a reference that is not accurate enough, `start` combines other predictions than
-                velocities, or `sigma0` on another path than CondOT.
+            FieldError: too little noise, a reference that is not accurate enough, or `start` combines other predictions than
+                velocities.
         """
         if self.start is not None and self.start.nfe != nfe:
             raise BudgetError(f"the table to start from makes {self.start.nfe} calls, the budget is {nfe}")
@@ -60,18 +70,20 @@ class NonStationary:
                 f'learning starts from rows over velocities, this table combines "{self.start.predicts}" predictions; '
                 "use sampler.rebase(path, 'velocity')"
             )
-        path = path_of(field)
-        if self.start is None and self.sigma0 != 1.0 and path is not None and not isinstance(path, CondOT):
-            raise FieldError(f"sigma0 is for the CondOT path, the field lives on {path!r}; leave it at 1 and give a start")
         fitting, held = halves(field, noise, numbers=nfe * (nfe + 5) // 2, holdout=self.holdout, tol=self.tol)
-        table = self.start or self._fitted(fitting, nfe)
+        table = self.start or self._fitted(fitting, held, nfe)
         write, theta = rows_of(table), numbers_of(table)
         return learnt(write, theta, fitting, held, iterations=self.iterations, log_loss=self.log_loss, start=table)
 
-    def _fitted(self, fitting: Problem, nfe: int) -> Sampler:
+    def _fitted(self, fitting: Problem, held: Problem, nfe: int) -> Sampler:
+        """The best of the fits and of what they start from, on held-out noise."""
         field, noise = fitting.field, fitting.noise
-        table = Boss()(field, noise, nfe=nfe) if self.sigma0 == 1.0 else precondition(nfe, self.sigma0)
-        return fit(field, noise, fitting.solution, table)[0]
+        tables = [
+            Boss()(field, noise, nfe=nfe) if width == 1.0 else precondition(nfe, width, start_scale(field))
+            for width in self.widths
+        ]
+        fits = [fit(field, noise, fitting.solution, table)[0] for table in tables]
+        return min([*fits, *tables], key=held.score)
 
 
 def learn_rows(
