@@ -241,7 +241,7 @@ def test_config_with_a_given_path():
 
 
 @pytest.mark.parametrize(
-    "path", [CondOT(), Cosine(), VP(), VP(0.2, 1e-3), VE(), VE(sigma_max=80.0), EDM(), EDM(1e-05, 3.5)], ids=repr
+    "path", [CondOT(), Cosine(), VP(), VP(1e-3, 0.2), VE(), VE(sigma_max=80.0), EDM(), EDM(1e-05, 3.5)], ids=repr
 )
 def test_path_from_repr(path):
     assert path_from_repr(repr(path)) == path
@@ -249,14 +249,49 @@ def test_path_from_repr(path):
 
 
 @pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("VE(sigma_min=0.01,sigma_max=10)", VE(0.01, 10.0)),
+        ("VP(0.1, 20)", VP(0.1, 20.0)),
+        (" VP ( beta_max = 9 )\n", VP(0.1, 9.0)),
+        ("EDM(1e-05, sigma_max=+3.5)", EDM(1e-05, 3.5)),
+        ("CondOT( )", CondOT()),
+    ],
+)
+def test_path_as_a_user_writes_it(text, path):
+    assert path_from_repr(text) == path
+
+
+@pytest.mark.parametrize(
     "text",
     [
-        *("", "CondOT", "CondOT()\n", "CondOT(x=1.0)", "VP(beta_min=)", "VP(0.1, 20.0)", "VP(beta_min=__import__('os'))"),
-        *("AffinePath()", "DiscreteVP(count=3, sha256=0)", "torch()", "VP(beta_min=1.0=2.0)", "(" * 9999),
+        *("", "CondOT", "VP(beta_min=__import__('os'))", "AffinePath()", "DiscreteVP(count=3, sha256=0)", "torch()"),
+        *("(" * 9999, f"VP({'-' * 9999}1)"),
     ],
 )
 def test_path_from_any_other_text_is_none(text):
     assert path_from_repr(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("EDM(sigma_mn=0.01)", r'the path "EDM\(sigma_mn=0.01\)": EDM takes sigma_min and sigma_max, not "sigma_mn"'),
+        ("CondOT(x=1.0)", 'CondOT takes no arguments, not "x"'),
+        ("VP(1, 2, 3)", "VP takes beta_min and beta_max, got 3 values"),
+        ("VP(1, beta_min=2)", "beta_min is given twice"),
+        ("VP(beta_min=1, beta_min=2)", "beta_min is given twice"),
+        ("VP(beta_min=)", r"not written as in VP\(beta_min=0.1, beta_max=20.0\)"),
+        ("VP(beta_min=1.0=2.0)", "not written as in VP"),
+        ("VP(\nTrue)", 'beta_min must be a number, got "True"'),
+        ("VP(2 - 1)", 'beta_min must be a number, got "2 - 1"'),
+        ("VE(sigma_max=0)", "VE needs 0 < sigma_min < sigma_max, all finite; got"),
+    ],
+)
+def test_arguments_that_a_path_does_not_take_are_named(text, message):
+    with pytest.raises(ArtifactError, match=message) as caught:
+        path_from_repr(text)
+    assert "\n" not in str(caught.value)
 
 
 # --- damage

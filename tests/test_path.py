@@ -1,5 +1,6 @@
 import inspect
 import itertools
+import math
 import typing
 
 import pytest
@@ -227,3 +228,30 @@ def test_paths_are_values():
     assert VP(0.2) != VP()
     assert repr(EDM()) == "EDM(sigma_min=0.002, sigma_max=80.0)"
     assert inspect.isabstract(type(VP()).__mro__[1])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: VE(50.0, 0.01),
+            r"VE needs 0 < sigma_min < sigma_max, all finite; got VE\(sigma_min=50.0, sigma_max=0.01\); VE\(\)",
+        ),
+        (lambda: VE(0.0, 1.0), "VE needs"),
+        (lambda: VE(sigma_max=math.inf), "VE needs"),
+        (lambda: EDM(sigma_min=90.0), r"EDM needs 0 < sigma_min < sigma_max, .* got EDM\(sigma_min=90.0, sigma_max=80.0\)"),
+        (lambda: EDM(sigma_min=-1.0), "EDM needs"),
+        (lambda: VP(20.0, 0.1), r"VP needs 0 < beta_min <= beta_max, all finite; got VP\(beta_min=20.0, beta_max=0.1\)"),
+        (lambda: VP(0.0, 0.0), "VP needs"),
+        (lambda: VP(math.nan), "VP needs"),
+    ],
+)
+def test_impossible_noise_levels_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_constant_noise_rate_is_a_path():
+    path = VP(5.0, 5.0)
+    assert float(path.time_of_log_snr(path.log_snr(0.4))) == pytest.approx(0.4)
+    assert float(path.time_of_log_snr(float("-inf"))) == 0.0

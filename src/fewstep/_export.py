@@ -1,12 +1,16 @@
 """A table as a diffusers pipeline needs it: over the network's bare outputs, with the levels of its inputs."""
 
+import ast
 import re
+from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import __version__
 from . import path as paths
+from ._disk import one_line
+from ._errors import ArtifactError
 from .path import AffinePath, raw_mix
 
 if TYPE_CHECKING:
@@ -29,7 +33,7 @@ def scheduler_config(
         or the bare table is not finite. `write_sampler` then writes no ``scheduler_config.json``.
     """
     made = sampler.provenance
-    path = path or path_from_repr(made.path)
+    path = path or _known_path(made.path)
     try:
         bare = sampler.raw_table(path, made.raw, made.sigma_data if sigma_data is None else sigma_data)
         a, b = (value.detach() for value in bare)
@@ -49,20 +53,68 @@ def scheduler_config(
 
 
 def path_from_repr(text: str) -> AffinePath | None:
-    """The path with this repr, from a fixed list of classes and plain numbers; None for any other text."""
-    match = re.fullmatch(r"(CondOT|Cosine|VP|VE|EDM)\((.*)\)", text)
+    """The path that this text writes as Python would, from a fixed list of classes and plain numbers; nothing is evaluated.
+
+    Returns:
+        None for text that is no call of `CondOT`, `Cosine`, `VP`, `VE` or `EDM`.
+
+    Raises:
+        ArtifactError: such a call, with arguments that the path does not have, or values that it cannot take.
+
+    Example:
+        >>> path_from_repr("VE(0.1, sigma_max = 10)")
+        VE(sigma_min=0.1, sigma_max=10.0)
+    """
+    # Only characters of names and numbers, and few of them: what parses is flat, and cannot exhaust the parser.
+    match = re.fullmatch(r"\s*(CondOT|Cosine|VP|VE|EDM)\s*\(([\w\s.,=+-]{0,200})\)\s*", text)
     if match is None:
         return None
+    kind = getattr(paths, match[1])
     try:
-        arguments = dict(pair.split("=") for pair in match[2].split(", ")) if match[2] else {}
-        return getattr(paths, match[1])(**{name: float(value) for name, value in arguments.items()})
-    except (ValueError, TypeError):
+        return kind(**_arguments(kind(), match[2]))
+    except ValueError as error:
+        raise ArtifactError(f'cannot use the path "{one_line(text.strip())}": {error}') from error
+
+
+def _arguments(usual: Any, text: str) -> dict[str, float]:
+    """Values by name, given by place or by name, for another path of this kind.
+
+    Raises:
+        ValueError: names that are not known or come twice, too many values, or other values than numbers.
+    """
+    name, known = type(usual).__name__, [field.name for field in fields(usual)]
+    has = f"{name} takes {' and '.join(known)}" if known else f"{name} takes no arguments"
+    try:
+        call = ast.parse(f"{name}({text})", mode="eval").body
+    except SyntaxError:
+        raise ValueError(f"its arguments are not written as in {usual!r}") from None
+    assert isinstance(call, ast.Call)  # the text holds no brackets
+    if len(call.args) > len(known):
+        raise ValueError(f"{has}, got {len(call.args)} values")
+    values: dict[str, float] = {}
+    for word, value in [*zip(known, call.args, strict=False), *((word.arg, word.value) for word in call.keywords)]:
+        if word not in known:
+            raise ValueError(f'{has}, not "{word}"')
+        if word in values:
+            raise ValueError(f"{word} is given twice; give it once")
+        try:
+            values[word] = float(ast.unparse(value).replace(" ", ""))
+        except ValueError:
+            raise ValueError(f'{word} must be a number, got "{ast.unparse(value)}"') from None
+    return values
+
+
+def _known_path(text: str) -> AffinePath | None:
+    """As `path_from_repr`, and None for what it refuses: a table is good without its path."""
+    try:
+        return path_from_repr(text)
+    except ArtifactError:
         return None
 
 
 def input_levels(sampler: "Sampler", path: AffinePath | None, sigma_data: float | None) -> list[list[float]] | None:
     """Data and noise weights of the network's input at every call; None if the path is not known."""
-    path = path or path_from_repr(sampler.provenance.path)
+    path = path or _known_path(sampler.provenance.path)
     if path is None:
         return None
     made = sampler.provenance

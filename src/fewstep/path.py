@@ -41,10 +41,17 @@ class Cosine(AffinePath):
 
 @dataclass(frozen=True)
 class VP(AffinePath):
-    """Variance preserving, linear beta(1 - t) (Song et al., 2011.13456, eq. 33)."""
+    """Variance preserving, linear beta(1 - t) (Song et al., 2011.13456, eq. 33).
+
+    Raises:
+        ValueError: not 0 < beta_min <= beta_max.
+    """
 
     beta_min: float = 0.1
     beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        _check(self, 0 < self.beta_min <= self.beta_max < math.inf, "0 < beta_min <= beta_max")
 
     @property
     def margin(self) -> float:
@@ -68,10 +75,17 @@ class VP(AffinePath):
 
 @dataclass(frozen=True)
 class VE(AffinePath):
-    """Variance exploding: alpha = 1, sigma geometric from sigma_max to sigma_min (Song et al., 2011.13456, eq. 30)."""
+    """Variance exploding: alpha = 1, sigma geometric from sigma_max to sigma_min (Song et al., 2011.13456, eq. 30).
+
+    Raises:
+        ValueError: not 0 < sigma_min < sigma_max.
+    """
 
     sigma_min: float = 0.01
     sigma_max: float = 50.0
+
+    def __post_init__(self) -> None:
+        _check(self, 0 < self.sigma_min < self.sigma_max < math.inf, "0 < sigma_min < sigma_max")
 
     @property
     def start_scale(self) -> float:
@@ -93,10 +107,16 @@ class EDM(AffinePath):
 
     Euler in t is Euler in sigma. The path ends in data; `sigma_min` is the lowest noise level at which the network is
     asked, and where the log-SNR and Karras grids take their last step to zero.
+
+    Raises:
+        ValueError: not 0 < sigma_min < sigma_max.
     """
 
     sigma_min: float = 0.002
     sigma_max: float = 80.0
+
+    def __post_init__(self) -> None:
+        _check(self, 0 < self.sigma_min < self.sigma_max < math.inf, "0 < sigma_min < sigma_max")
 
     @property
     def start_scale(self) -> float:
@@ -181,3 +201,10 @@ class DiscreteVP(AffinePath):
         left = (torch.searchsorted(-table, -log_alpha) - 1).clamp(0, self.count - 1)
         position = left + (log_alpha - table[left]) / (table[left + 1] - table[left])
         return 1.0 - position / self.count
+
+
+def _check(path: AffinePath, sound: bool, needs: str) -> None:
+    """Refuse a path whose log-SNR would not rise from noise to data, or would be infinite inside."""
+    if not sound:
+        name = type(path).__name__
+        raise ValueError(f"{name} needs {needs}, all finite; got {path!r}; {name}() has the usual values")
