@@ -87,10 +87,19 @@ def test_tuning_and_measuring_are_counted_apart():
 
 def test_learning_goes_on_from_the_fit_at_no_cost_and_is_better_on_fresh_noise(tmp_path):
     model = load("digits")
-    fitted = tune(model, nfe=4, noise=32, resume=tmp_path)[4]
-    learned = tune(model, nfe=4, noise=32, resume=tmp_path, effort="learn")
-    costs = {entry["stage"]: entry["network passes"] for entry in learned.report.facts["cost"]}
-    assert all(costs[name] == 0 for name in costs if name.startswith(("reference", "BOSS", "search", "fit")))
+    first = tune(model, nfe=4, noise=32, resume=tmp_path)
+    fitted, asked = first[4], 0
+
+    def count(module, arguments):
+        nonlocal asked
+        asked += len(arguments[0])
+
+    with model.network.register_forward_pre_hook(count):
+        learned = tune(model, nfe=4, noise=32, resume=tmp_path, effort="learn")
+    before, costs = ({e["stage"]: e["network passes"] for e in r.report.facts["cost"]} for r in (first, learned))
+    kept = [name for name in before if name.startswith(("reference (fit)", "reference (select)", "BOSS", "search", "fit"))]
+    assert all(costs[name] == before[name] > 0 for name in kept if name in costs)  # told as what they cost then
+    assert asked < learned.report.facts["network passes"] - sum(before[name] for name in kept) + 100
     assert costs["learn, NFE 4"] > 0
     assert learned[4].provenance.method.startswith("learned(fit(")
     field = model.given(torch.arange(200) % 10)
@@ -231,6 +240,8 @@ def test_an_interrupted_tuning_resumes_without_asking_again(tmp_path):
     for n in (2, 3):
         assert torch.equal(resumed[n].b, whole[n].b)
         assert resumed[n].provenance.measured == whole[n].provenance.measured
+    for kind in ("tuning passes", "measuring passes"):  # of both processes together
+        assert resumed.report.facts[kind] == whole.report.facts[kind]
 
 
 def test_progress_of_another_model_or_seed_is_not_mistaken_for_this_one(tmp_path):

@@ -1,13 +1,14 @@
 import math
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from fewstep import FewstepError
+from fewstep import FewstepError, TimeGrid, compare_images, load, methods, tabulate
 from fewstep.evaluation import (
     BiasWarning,
     Estimate,
@@ -367,6 +368,7 @@ def test_images_that_do_not_fit_are_refused(given, message):
         (broken, "the extractor broken returned NaN or infinity for images that have neither"),
         (Extractor("sum", lambda x: x.sum()), r"the extractor sum must return floating-point features \(60, dim\), got .*\(\)"),
         (Extractor("list", lambda x: [x]), r"must return floating-point features \(60, dim\), got list"),
+        ("math:sqrt", r"the extractor math:sqrt failed on images \(60, 1, 2, 2\): .*Error: "),
     ],
 )
 def test_features_that_cannot_be_are_refused(extractor, message):
@@ -401,6 +403,13 @@ def test_sides_that_do_not_match_in_themselves_are_refused():
     bad.values[3] = math.nan
     with pytest.raises(FewstepError, match="features by the extractor pixels hold NaN or infinity"):
         image_metrics(bad, real)
+    halves = Extractor("halves", lambda x: (x.flatten(1), x.flatten(2)))
+    narrow, wide = (features_of(images(n), halves) for n in (30, 60))
+    with pytest.raises(FewstepError, match="spatial features of dimension 2 against 4"):
+        image_metrics(replace(narrow, spatial=narrow.spatial[:, :2]), wide)
+    narrow.spatial[3] = math.nan
+    with pytest.raises(FewstepError, match="spatial features by the extractor halves hold NaN or infinity"):
+        image_metrics(narrow, wide)
     with pytest.raises(FewstepError, match='"spatial FD" needs spatial features, the extractor pixels gives none'):
         image_metrics(real, real, metrics=["spatial FD"])
     with pytest.raises(ValueError, match=r"k must be at least 1 and less than .* either side \(27 without a block\), got 27"):
@@ -430,3 +439,20 @@ def test_the_floor_is_of_disjoint_parts():
     assert torch.equal(split(real, 20)[0].values, one.values)
     with pytest.raises(FewstepError, match=r"a floor at 26 samples needs 52 real ones .* got 50; choose at most 25"):
         split(real, 26)
+
+
+@pytest.mark.parametrize(
+    ("real", "message"),
+    [
+        (features_of(torch.rand(60, 1, 4, 4)), r"images of shape \(1, 8, 8\) against \(1, 4, 4\)"),
+        (
+            features_of(torch.rand(60, 1, 8, 8), Extractor("halves", lambda x: x.flatten(1))),
+            "the extractor pixels against halves",
+        ),
+    ],
+)
+def test_real_features_that_do_not_fit_are_refused_before_any_image_is_drawn(real, message):
+    model, asked = load("digits"), []
+    with model.network.register_forward_pre_hook(lambda *_: asked.append(1)), pytest.raises(FewstepError, match=message):
+        compare_images([tabulate(methods.euler, TimeGrid.uniform(4))], model, real, 20)
+    assert not asked

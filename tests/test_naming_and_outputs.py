@@ -18,7 +18,7 @@ from fewstep.coordinates import Coordinates
 from fewstep.naming import resolve
 from fewstep.outputs import contact_sheet, save_samples
 from fewstep.stock import stock_samplers
-from fewstep.tuners import Boss, LeastSquares
+from fewstep.tuners import Bespoke, Boss, LearnedKnots, LeastSquares, NonStationary
 from fewstep.zoo.mixtures import mixture, ring
 from problems import randn
 
@@ -186,7 +186,8 @@ def test_a_method_that_is_misspelt_before_its_grid_is_still_recognised():
 
 def test_an_unknown_grid_lists_those_there_are():
     with pytest.raises(
-        FewstepError, match=r'unknown grid "bos" in "euler@bos"; grids are uniform, quadratic, .*, angle, boss$'
+        FewstepError,
+        match=r'unknown grid "bos" in "euler@bos"; grids are uniform, .*, boss, gits, oss, learned$',
     ):
         named("euler@bos")
 
@@ -233,11 +234,21 @@ def test_the_boss_grid_is_found_for_the_steps_that_the_budget_buys():
 
 
 def test_tuners_are_run_on_the_noise_given():
-    model, noise = ring(), randn(24, 2)
-    for name, tuner in (("boss", Boss()), ("fit", LeastSquares())):
+    model, noise = ring(), randn(40, 2)
+    tuners = {"boss": Boss(), "oss": Boss(states="student"), "fit": LeastSquares(), "bespoke-euler": Bespoke("euler")}
+    tuners |= {"nonstationary": NonStationary(), "euler@learned": LearnedKnots(methods.euler)}
+    for name, tuner in tuners.items():
         found = resolve(name, model, model.given(), noise, (3,))[name]
         assert torch.equal(found.b, tuner(model.given(), noise, nfe=3).b)
         assert found.provenance.method == name
+
+
+def test_any_method_walks_the_published_grids():
+    model, noise = ring(), randn(24, 2)
+    for name, tuner in (("gits", Boss(cost="deviation", discount=1.15)), ("oss", Boss(states="student"))):
+        found = resolve(f"pfdiff1_1@{name}", model, model.given(), noise, (3,))[f"pfdiff1_1@{name}"]
+        expected = tabulate(methods.pfdiff(1, 1), tuner.grids(model.given(), noise, (5,))[5])
+        assert torch.equal(found.b, expected.b)
 
 
 def test_a_stock_scheduler_is_one_of_its_own_velocity_tables():

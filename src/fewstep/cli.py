@@ -52,7 +52,8 @@ def sample(
 
     Args:
         model: a bundled name (digits), a directory saved by fewstep, or package.module:function.
-        sampler: a directory from `fewstep tune`, a method (see `fewstep methods`), method@grid, or a stock scheduler.
+        sampler: a directory from `fewstep tune`, a method (see `fewstep methods`), method@grid (also @boss, @gits, @oss and
+            @learned, found on the model), a stock scheduler, or fit, bespoke-midpoint, nonstationary (learnt on the model).
         num: how many.
         nfe: number of network calls, for a sampler that is not a directory (or to choose one in a folder of several).
         which: see below.
@@ -108,7 +109,7 @@ def evaluate(
 
     Args:
         model: a bundled name (digits), a directory saved by fewstep, or package.module:function.
-        samplers: names or directories, with commas: euler,pfdiff1_1@boss,fit,fewstep-tune.
+        samplers: names or directories as for `sample`, with commas: euler,pfdiff1_1@boss,fit,bespoke-midpoint,fewstep-tune.
         nfe: budgets, with commas; default: those of the directories.
         which: see below.
         noise: noises per condition.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ._types import FewstepError, Field
+from .composite import CountedField
 from .coordinates import Coordinates
 from .sampler import Provenance, Sampler
 from .trajectory import Reference
@@ -24,10 +25,16 @@ class Journal:
     Args:
         directory: where to keep them; None keeps nothing.
         identity: what the results belong to; another identity starts afresh.
+
+    Attributes:
+        counters: what results cost is told from these and kept; a result of an earlier process is added to them once, when it
+            is first used: they then say what the work has cost in all.
     """
 
     def __init__(self, directory: Path | None, identity: str) -> None:
+        self.counters: tuple[CountedField, ...] = ()
         self._entries: dict[str, Any] = {}
+        self._owed: dict[str, list[list[int]]] = {}
         self._directory = None if directory is None else directory / identity[:16]
         if self._directory is None:
             return
@@ -44,18 +51,33 @@ class Journal:
             try:
                 entry = json.loads(line)
                 self._entries[entry["key"]] = entry["value"]
+                self._owed[entry["key"]] = entry.get("cost", [])
             except (ValueError, KeyError, TypeError):
                 continue  # a line that was being written when the process died
 
     def get(self, key: str, make: Callable[[], Any]) -> Any:
         """The value under `key`, made (and kept) if it is new. Values are plain JSON data."""
-        if key not in self._entries:
-            value = make()
-            self._entries[key] = value
-            if self._directory is not None:
-                with self._file.open("a") as out:
-                    out.write(json.dumps({"key": key, "value": value}) + "\n")
+        if key in self._entries:
+            self._pay(key)
+        else:
+            self._keep(key, *self._made(make))
         return self._entries[key]
+
+    def _made(self, make: Callable[[], Any]) -> tuple[Any, list[list[int]]]:
+        before = [(c.calls, c.samples) for c in self.counters]
+        value = make()
+        return value, [[c.calls - n, c.samples - m] for c, (n, m) in zip(self.counters, before, strict=True)]
+
+    def _keep(self, key: str, value: Any, cost: list[list[int]]) -> None:
+        self._entries[key] = value
+        if self._directory is not None:
+            with self._file.open("a") as out:
+                out.write(json.dumps({"key": key, "value": value, "cost": cost}) + "\n")
+
+    def _pay(self, key: str) -> None:
+        for counter, (calls, samples) in zip(self.counters, self._owed.pop(key, []), strict=False):
+            counter.calls += calls
+            counter.samples += samples
 
     def sampler(self, key: str, make: Callable[[], Sampler]) -> Sampler:
         """A table under `key`."""
@@ -75,16 +97,18 @@ class Journal:
             try:
                 kept = load_file(file)
                 facts = self._entries[key]
-                return Reference(coordinates, kept["knots"], kept["states"], kept["rates"], facts["error"], facts["nfe"])
+                found = Reference(coordinates, kept["knots"], kept["states"], kept["rates"], facts["error"], facts["nfe"])
+                self._pay(key)
+                return found
             except (SafetensorError, OSError, KeyError):
                 del self._entries[key]
-        solution = make()
+        solution, cost = self._made(make)
         tensors = {"knots": solution.knots, "states": solution.states.contiguous(), "rates": solution.rates.contiguous()}
         if solution.states.nbytes < LARGEST_REFERENCE and not solution.states.is_cuda:
             partial = file.with_suffix(".partial")
             save_file(tensors, partial)
             partial.replace(file)
-            self.get(key, lambda: {"error": solution.error, "nfe": solution.nfe})
+            self._keep(key, {"error": solution.error, "nfe": solution.nfe}, cost)
         return solution
 
 

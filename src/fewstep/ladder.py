@@ -80,6 +80,7 @@ class Climb:
     def __init__(self, ground: Ground, effort: Effort, metric: Score, seed: int, journal: Journal, stages: Stages) -> None:
         self.field = CountedField(ground.field)
         self.open = CountedField(ground.field, check=False)  # candidates may blow up; the reference has vouched for the network
+        journal.counters = (self.field, self.open)
         self.test_field, self.test_noise = ground.test_field, ground.test
         self.effort: Effort = effort
         self.metric: Score = metric

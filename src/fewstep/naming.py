@@ -14,9 +14,20 @@ from .field import Model
 from .methods import registry
 from .sampler import Sampler
 from .stock import stock_samplers
-from .tuners import Boss, LeastSquares
+from .tuners import Bespoke, Boss, LearnedKnots, LeastSquares, NonStationary
 
-TUNERS = {"boss": Boss(), "fit": LeastSquares()}
+SCHEDULES = {"boss": Boss(), "gits": Boss(cost="deviation", discount=1.15), "oss": Boss(states="student")}
+"""Grids that are found on the model: each also names its own tuner, Euler or DDIM on it."""
+
+TUNERS = {
+    **SCHEDULES,
+    "fit": LeastSquares(),
+    "bespoke-euler": Bespoke("euler"),
+    "bespoke-midpoint": Bespoke("midpoint"),
+    "nonstationary": NonStationary(),
+}
+LEARNED = "learned"
+"""As a grid: the method's knots are learnt."""
 
 
 def resolve(name: str, model: Model, field: Field, noise, budgets: Sequence[int] | None) -> dict[str, Sampler]:
@@ -24,7 +35,9 @@ def resolve(name: str, model: Model, field: Field, noise, budgets: Sequence[int]
 
     Args:
         name: a directory saved by fewstep (one sampler, or a folder of nfe-N folders); a registered method, optionally
-            ``method@grid``; a stock scheduler as `fewstep evaluate` prints it; "boss" or "fit" (tuned here on `noise`).
+            ``method@grid``, also on the grids "boss", "gits", "oss" and "learned" that are found on the model; a stock
+            scheduler as `fewstep evaluate` prints it; a tuner: "boss", "gits", "oss", "fit", "bespoke-euler",
+            "bespoke-midpoint", "nonstationary". What is tuned is tuned on `noise`.
         model: directories are checked to belong to it.
         field: what tuners tune on.
         noise: noise for tuners.
@@ -76,10 +89,13 @@ def _named(name: str, field: Field, noise, nfe: int) -> Sampler:
     if base in methods:
         method = methods[base]
         n = method.intervals(nfe)
-        boss = Boss().grids(field, noise, (n,))[n] if grid_name == "boss" else None
-        family = grids(n, path, boss)
+        if grid_name == LEARNED:
+            return LearnedKnots(method)(field, noise, nfe=nfe).named(name)
+        family = grids(n, path)
+        if grid_name in SCHEDULES:
+            family[grid_name] = SCHEDULES[grid_name].grids(field, noise, (n,))[n]
         if grid_name and grid_name not in family:
-            raise FewstepError(f'unknown grid "{grid_name}" in "{name}"; grids are {", ".join([*family, "boss"])}')
+            raise FewstepError(f'unknown grid "{grid_name}" in "{name}"; grids are {", ".join([*family, *SCHEDULES, LEARNED])}')
         plain = "uniform" if Coordinates.of(field).path is None else "angle"
         try:
             return tabulate(method, family[grid_name or plain], start_scale=start_scale(field)).named(name)

@@ -145,12 +145,18 @@ class Extractor:
         """The features of one batch.
 
         Raises:
-            FewstepError: images outside the limits, or features that are NaN or have no batch.
+            FewstepError: images outside the limits, a network that fails on them, or features that are NaN or have no batch.
         """
         limits, network = self._check_images(images), self.network
         weight = adapt(network).weight()
         asked = images if weight is None else images.to(weight.device, weight.dtype)
-        found = _in_evaluation_mode(network, asked)
+        try:
+            found = _in_evaluation_mode(network, asked)
+        except Exception as error:  # it is code of the user's, which can raise anything
+            why = f"{type(error).__name__}: {error}"
+            raise FewstepError(
+                one_line(f"the extractor {self.name} failed on images {tuple(images.shape)}: {short(why, 300)}")
+            ) from error
         values, spatial = found if isinstance(found, tuple) else (found, None)
         checked = [None if each is None else self._checked(each, len(images)) for each in (values, spatial)]
         assert checked[0] is not None

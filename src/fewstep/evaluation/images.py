@@ -137,17 +137,21 @@ def compare_images(
     if against is not None and against not in named:
         raise ValueError(f"against must be one of {', '.join(named)}, got {against}")
     stand_in, reference = split(real, count)
+    if model.shape is not None:  # before any image is drawn
+        probe = extract.clipped(torch.randn(FEWEST, *model.shape, generator=generator(0, "probe")))
+        _check_alike(replace(extract(probe), limits=None), reference)
     floor = Row(FLOOR, 0, 0, "other", image_metrics(stand_in, reference, metrics=metrics, k=k))
     rows: dict[str, Row] = {}
     baseline: Sequence[Generated] = ()
     for name in sorted(named, key=lambda name: name != against):  # the baseline first
-        drawn = [
-            generate(
+        drawn: list[Generated] = []
+        for seed in seeds:
+            one = generate(
                 named[name], model, count, extractor=extract, seed=seed, conditions=conditions, guidance=guidance, null=null,
                 batch=batch, out=out, progress=progress,
-            )
-            for seed in seeds
-        ]  # fmt: skip
+            )  # fmt: skip
+            _check_alike(one.features, reference)
+            drawn.append(one)
         row = image_row(name, drawn, reference, metrics=metrics, k=k, group=(groups or {}).get(name, "other"))
         if against is not None and name != against:
             row = replace(row, metrics={**row.metrics, **_less(drawn, baseline, reference, row.metrics, against)})
@@ -227,18 +231,21 @@ def _frechet(metric: str, extractor: str, x: Tensor, y: Tensor) -> Estimate:
 
 
 def _check_alike(generated: Features, real: Features) -> None:
+    spatial = [f.spatial.shape[1] for f in (generated, real) if f.spatial is not None]
     for what, one, other in (
         ("features by the extractor", generated.extractor, real.extractor),
         ("images of shape", generated.shape, real.shape),
         ("features of dimension", generated.values.shape[1], real.values.shape[1]),
+        ("spatial features of dimension", spatial[0], spatial[1]) if len(spatial) == 2 else ("", 0, 0),
     ):
         if one != other:
             raise FewstepError(f"generated and real samples do not match: {what} {one} against {other}")
     if min(len(generated), len(real)) < FEWEST:
         raise FewstepError(f"metrics need at least {FEWEST} samples on either side, got {len(generated)} and {len(real)}")
     for features in (generated, real):
-        if not bool(torch.isfinite(features.values).all()):
-            raise FewstepError(f"features by the extractor {features.extractor} hold NaN or infinity")
+        for kind, values in (("features", features.values), ("spatial features", features.spatial)):
+            if values is not None and not bool(torch.isfinite(values).all()):
+                raise FewstepError(f"{kind} by the extractor {features.extractor} hold NaN or infinity")
     if generated.limits is None or real.limits is None:
         return
     lows = sorted([generated.limits, real.limits])
