@@ -43,6 +43,7 @@ def train(
     if print_config:
         import yaml
 
+        settings.check(data=False)
         print(yaml.safe_dump(plain(settings), sort_keys=False), end="")
         return
     if processes < 1:

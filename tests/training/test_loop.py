@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,11 +20,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import fewstep
 from fewstep import zoo
 from fewstep._types import ArtifactError, FewstepError, FieldError
+from fewstep.cli import main
 from fewstep.keyed import Keyed
 from fewstep.path import CondOT
 from fewstep.training import loop
@@ -63,6 +67,14 @@ def when(step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) 
         return learning_rate(recipe, now)
 
     monkeypatch.setattr(loop, "learning_rate", rate)
+
+
+def unchecked(settings: Any, values: dict[str, Any]) -> Any:
+    """With values as a caller could pass them; under test the classes check the types that are theirs themselves."""
+    made = replace(settings)
+    for name, value in values.items():
+        object.__setattr__(made, name, value)
+    return made
 
 
 def raise_killed() -> None:
@@ -226,6 +238,12 @@ def test_a_network_of_the_users_own(tmp_path):
     drawn = fewstep.reference(model.given(), torch.randn(64, 2), tol=1e-2).end
     assert float(drawn.mean()) == pytest.approx(3.0, abs=0.3)
     assert load_file(tmp_path / WEIGHTS).keys() == model.network.state_dict().keys()  # type: ignore[union-attr]
+    card = (tmp_path / "README.md").read_text()
+    assert "fewstep train" not in card
+    assert "`train(Recipe(data='mine', steps=200, batch=64, lr=0.01, warmup=5, ema=0.9), out, network=Mine( " in card
+    assert ", data=FiniteSource)`, with network, data of the caller's own, trained it" in card
+    assert "| network | Mine(" in card
+    assert "mlp" not in card
 
 
 def test_an_objective_of_the_users_own(tmp_path):
@@ -238,6 +256,14 @@ def test_an_objective_of_the_users_own(tmp_path):
     train(replace(TINY, steps=1), halved, objective=Halved(), keeping=OFTEN)
     one, half = (json.loads((folder / CURVE).read_text())["loss"] for folder in (plain_run, halved))
     assert half == pytest.approx(one / 2, rel=1e-6)
+    card = (halved / "README.md").read_text()
+    record = zoo.training_record(halved)
+    assert record.command.startswith("train(Recipe(data='digits', ")
+    assert record.command.endswith("), out, objective=Halved(target=None, weight='uniform', huber=None))")
+    assert record.command in card
+    assert "| network | mlp |" in card
+    assert "| objective | " in card
+    assert "| weight | " not in card
     with pytest.raises(FewstepError, match="divergence would do nothing beside an objective of your own"):
         train(replace(TINY, divergence=0.1), tmp_path / "both", objective=Halved())
 
@@ -371,9 +397,32 @@ def test_only_a_model_of_the_same_settings_can_be_started_from(tmp_path):
         train(started, tmp_path / "second", network=ResidualMLP((1, 8, 8), 10, 16, 1))
 
 
-def test_the_command_of_a_recipe_gives_the_recipe_back():
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        *RECIPES.values(),
+        Recipe(data="moons", steps=10, batch=32),
+        replace(RECIPES["density2d"], width=None),
+        replace(RECIPES["density2d"], network="dit"),
+        replace(RECIPES["digits"], network="unet2d", dropout=None, attention=False, channels=(8, 16), hold_out=2),
+        replace(RECIPES["cifar10-flow"], channels=None, attention=None, layers=None, stratified=False),
+        replace(RECIPES["cifar10-vp"], attention=False, flip=False, data="it's a $HOME; file", size=16),
+        replace(RECIPES["cifar10-edm"], data="-x.npz", time_mean=-1.2, huber=1e-05, lr=3e-4, target="data", precision="bf16"),
+    ],
+)
+def test_the_command_of_a_recipe_gives_the_recipe_back(recipe, capsys):
+    words = shlex.split(command(recipe))
+    assert words[:2] == ["fewstep", "train"]
+    with pytest.raises(SystemExit) as stop:
+        main([*words[1:], "--print-config"])
+    assert not stop.value.code
+    assert yaml.safe_load(capsys.readouterr().out) == plain(recipe)
+
+
+def test_the_command_of_a_recipe_is_short():
     recipe = replace(RECIPES["cifar10-vp"], attention=False, channels=(8, 16), flip=False, data="a b")
     assert command(recipe) == "fewstep train --recipe cifar10-vp --data 'a b' --no-flip --channels 8,16 --no-attention"
+    assert command(Recipe(data="moons", steps=10, batch=32)) == "fewstep train --data moons --steps 10 --batch 32"
 
 
 def test_a_limit_of_time_ends_the_run_where_it_is(tmp_path):
@@ -434,6 +483,48 @@ def test_runs_are_not_mixed_up(tmp_path, monkeypatch):
     train(TINY, tmp_path, resume=True)
     with pytest.raises(FewstepError, match="holds a finished model; choose another --out"):
         train(TINY, tmp_path)
+
+
+def test_another_objective_network_or_data_do_not_continue_a_run(tmp_path, monkeypatch):
+    class Other(Regression):
+        pass
+
+    class Net(ResidualMLP):
+        def __init__(self, slope):
+            super().__init__((2,), 0, 8, 1)
+            self.slope = torch.nn.LeakyReLU(slope)
+
+    x, recipe = torch.randn(100, 2), Recipe(data="mine", steps=6, batch=8, width=8, blocks=1)
+    labels = torch.arange(100) % 4
+    with monkeypatch.context() as patch:
+        when(4, lambda: signal.raise_signal(signal.SIGINT), patch)
+        for name, given in {"data": {}, "objective": {"objective": Other()}, "network": {"network": Net(0.1)}}.items():
+            with pytest.raises(KeyboardInterrupt):
+                train(recipe, tmp_path / name, data=FiniteSource(x), keeping=OFTEN, **given)
+    for name, given, message in [
+        ("data", {"data": FiniteSource(3 * x)}, r"weighted mean of sample 0 of data = .* \(now"),
+        ("data", {"data": FiniteSource(x[:50])}, r"size of data = 100 \(now 50\)"),
+        ("data", {"data": FiniteSource(x, labels)}, r"classes of data = None \(now 4\), labels of data = None"),
+        ("data", {"objective": Other()}, r"own objective = none \(now .*Other\(target=None, weight='uniform', huber=None\)\)"),
+        ("objective", {}, r"own objective = .*Other\(.*\) \(now none\)"),
+        ("objective", {"objective": Other(weight="snr")}, r"own objective = .*uniform.* \(now .*snr"),
+        ("network", {}, r"own network = Net\(.*\) \(now none\)"),
+        ("network", {"network": Net(0.2)}, r"own network = Net\(.*\) \(now Net\("),
+    ]:
+        with pytest.raises(ArtifactError, match=rf"was made with {message}.*; a run can only continue as it began"):
+            train(recipe, tmp_path / name, **{"data": FiniteSource(x), **given}, resume=True)
+    train(recipe, tmp_path / "data", data=FiniteSource(x * (1 + 1e-6)), resume=True)  # rounding is no other data
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_made_of_is_continued(tmp_path, monkeypatch):
+    unfinished(tmp_path, monkeypatch)
+    file = checkpoints(tmp_path)[-1]
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    run = json.loads(header["run"])
+    assert run.pop("made_of")["data"]["shape"] == [1, 8, 8]
+    save_file(load_file(file), file, header | {"run": json.dumps(run)})
+    train(TINY, tmp_path, resume=True)
 
 
 def test_other_versions_are_told(tmp_path, monkeypatch, capsys):
@@ -499,10 +590,23 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         ({"seed": 2**63}, "seed must be below"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
-        ({"lr": float("inf")}, "lr must be positive, got inf"),
+        ({"lr": float("inf")}, "lr must be a finite number, got inf"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
-        ({"clip": float("nan")}, "clip must be a number from 0 on"),
+        ({"clip": -1.0}, "clip must be a number from 0 on"),
+        ({"decay": "cos"}, r"decay must be one of \"constant\", \"cosine\", got 'cos'$"),
+        ({"time": "lognormal"}, r"time must be one of \"uniform\", .*, got 'lognormal'$"),
+        ({"precision": "bfloat16"}, r"precision must be one of \"no\", \"bf16\", \"fp16\", got 'bfloat16'$"),
+        ({"predicts": "score"}, "predicts must be one of .*, got 'score'$"),
+        ({"steps": float("nan")}, "steps must be an integer, got nan$"),
+        ({"steps": "3"}, "steps must be an integer, got '3'$"),
+        ({"seed": 1.5}, "seed must be an integer, got 1.5$"),
+        ({"accumulate": True}, "accumulate must be an integer, got True$"),
+        ({"stratified": "yes"}, "stratified must be True or False, got 'yes'$"),
+        ({"time_mean": float("nan")}, "time_mean must be a finite number, got nan$"),
+        ({"width": 2.5}, "width must be an integer or None, got 2.5$"),
+        ({"channels": [8, 16]}, r"channels must be a tuple of integers or None, got \[8, 16\]$"),
+        ({"data": None}, "data must be text, got None$"),
         ({"hold_out": 1}, "would keep every sample aside"),
         ({"divergence_share": 0.0}, r"divergence_share must lie in \(0, 1\]"),
         ({"raw": "edm"}, 'raw = "edm" goes with predicts = "data"'),
@@ -519,16 +623,24 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 )
 def test_impossible_recipes_are_refused(tmp_path, settings, message):
     with pytest.raises(FewstepError, match=message):
-        train(replace(TINY, **settings), tmp_path)
+        train(unchecked(TINY, settings), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"), [({"every": 0}, "every must be"), ({"keep": 0}, "keep must"), ({"seconds": 0.0}, "seconds")]
+    ("settings", "message"),
+    [
+        ({"every": 0}, "every must be at least 1, got 0"),
+        ({"every": 2.5}, "every must be an integer, got 2.5"),
+        ({"keep": 0}, "keep must"),
+        ({"seconds": 0.0}, "seconds must be positive"),
+        ({"seconds": float("nan")}, "seconds must be a finite number, got nan"),
+        ({"stored": "half"}, 'stored must be one of "float32", "bfloat16", got'),
+    ],
 )
 def test_impossible_housekeeping_is_refused(tmp_path, settings, message):
     with pytest.raises(FewstepError, match=message):
-        train(TINY, tmp_path, keeping=Keeping(**settings))
+        train(TINY, tmp_path, keeping=unchecked(Keeping(), settings))
 
 
 def test_settings_that_would_do_nothing_are_refused(tmp_path):

@@ -3,7 +3,10 @@
 import io
 import json
 import platform
+import shlex
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,11 +17,15 @@ from ..field import Model
 from ..outputs import picture
 from ..zoo.checkpoint import WEIGHTS, Precision, TrainingRecord, save_model
 from .assemble import Parts
+from .ingredients import Own
 from .measure import draw
-from .recipe import RECIPES, Recipe, plain
+from .recipe import NETWORK_OPTIONS, RECIPES, Recipe, plain
 from .state import Run, checkpoints, versions
 
 CURVE = "curve.jsonl"
+
+OBJECTIVE = ("target", "weight", "huber", *(f.name for f in fields(Recipe) if f.name.startswith("divergence")), "probes")
+"""Fields of `Recipe` that an objective of the caller's own stands for."""
 
 
 def write_curve(curve: list[dict[str, float]], out: Path) -> None:
@@ -26,7 +33,7 @@ def write_curve(curve: list[dict[str, float]], out: Path) -> None:
     atomic_write(out / CURVE, "".join(json.dumps(point) + "\n" for point in curve))
 
 
-def finish(run: Run, parts: Parts, model: Model, out: Path, stored: Precision, *, whole: bool) -> None:
+def finish(run: Run, parts: Parts, model: Model, out: Path, stored: Precision, own: Own) -> None:
     """Write the folder and clear the checkpoints away.
 
     Args:
@@ -35,31 +42,30 @@ def finish(run: Run, parts: Parts, model: Model, out: Path, stored: Precision, *
         model: the model on averaged weights.
         out: the folder.
         stored: precision of the weights.
-        whole: whether the network is one that a folder can describe; of others only the weights are written.
+        own: what the caller passed; of a network that is none of fewstep's only the weights are written.
     """
     write_curve(run.curve, out)
-    record = training_record(run, parts)
+    record, whole = training_record(run, parts, own), not own.network
+    drawn = whole and parts.source is None
     if whole:
         save_model(model, out, stored=stored, data_range=parts.data.data_range, training=record)
     else:
         tensors = {k: v.detach().cpu().clone().to(getattr(torch, stored)) for k, v in run.ema.state_dict().items()}
         atomic_write(out / WEIGHTS, save_tensors(tensors))
-    if whole and parts.source is None:
+    if drawn:
         atomic_write(out / "samples.png", picture(draw(model, run.recipe["seed"])))
     atomic_write(out / "curve.png", _curve_picture(run.curve))
-    atomic_write(
-        out / "README.md", card(model, record, run, (out / WEIGHTS).stat().st_size, drawn=whole and parts.source is None)
-    )
+    atomic_write(out / "README.md", card(model, record, run, (out / WEIGHTS).stat().st_size, own, drawn=drawn))
     for file in checkpoints(out):
         file.unlink()
 
 
-def training_record(run: Run, parts: Parts) -> TrainingRecord:
+def training_record(run: Run, parts: Parts, own: Own) -> TrainingRecord:
     """How the weights came about."""
     recipe = parts.recipe
     losses = {k: v for k, v in (run.curve[-1] if run.curve else {}).items() if k in ("loss", "held_out")}
     return TrainingRecord(
-        command=command(recipe),
+        command=call(recipe, own) if own != Own() else command(recipe),
         data=parts.data.description,
         recipe=plain(recipe),
         seed=recipe.seed,
@@ -75,29 +81,52 @@ def training_record(run: Run, parts: Parts) -> TrainingRecord:
 
 
 def command(recipe: Recipe) -> str:
-    """A command line for this recipe, from the named recipe that it has most in common with."""
-    mine = plain(recipe)
-    differing = {name: {k: v for k, v in mine.items() if plain(known)[k] != v} for name, known in RECIPES.items()}
+    """A command line that is read as this recipe, from the named recipe that it has most in common with."""
+    mine, differing = plain(recipe), {}
+    for name, known in {"": Recipe(), **RECIPES}.items():
+        theirs = plain(known)
+        if theirs["network"] != mine["network"]:  # then the command line lets go of its options
+            theirs |= dict.fromkeys(NETWORK_OPTIONS)
+        differing[name] = {k: v for k, v in mine.items() if theirs[k] != v}
     name = min(differing, key=lambda n: len(differing[n]))
-    flags = []
-    for key, value in differing[name].items():
-        word = f"--{key.replace('_', '-')}"
-        if value is None or isinstance(value, bool):
-            flags.append(word if value else f"--no-{key.replace('_', '-')}" if value is False else "")
-        else:
-            text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-            flags.append(f"{word} '{text}'" if any(c in text for c in "() ") else f"{word} {text}")
-    return " ".join(["fewstep train", f"--recipe {name}", *filter(None, flags)])
+    words = ["fewstep train", *([f"--recipe {name}"] if name else [])]
+    return " ".join(words + [_flag(key.replace("_", "-"), value) for key, value in differing[name].items()])
 
 
-def card(model: Model, record: TrainingRecord, run: Run, size: int, *, drawn: bool) -> str:
+def _flag(name: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    text = "none" if value is None else ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    # What begins with a minus would be read as a flag, and what follows --attention as a word of its own.
+    return f"--{name}{'=' if value is None or text.startswith('-') else ' '}{shlex.quote(text)}"
+
+
+def call(recipe: Recipe, own: Own) -> str:
+    """The call of `train` with what no command line can say."""
+    settings = ", ".join(f"{f.name}={value!r}" for f in fields(recipe) if (value := getattr(recipe, f.name)) != f.default)
+    given = [f"{f.name}={value}" for f in fields(own) if (value := getattr(own, f.name))]
+    return f"train({', '.join([f'Recipe({settings})', 'out', *given])})"
+
+
+def _settings(recipe: dict[str, Any], own: Own) -> dict[str, Any]:
+    """The recipe's settings that had a say, and what was passed instead of the others."""
+    instead = {"network": ("network", *NETWORK_OPTIONS), "data": ("data",), "objective": OBJECTIVE}
+    given = {name: value for f in fields(own) if (value := getattr(own, name := f.name))}
+    gone = {setting for name in given for setting in instead[name]}
+    return {k: v for k, v in recipe.items() if k not in gone} | {name: f"{value}, from Python" for name, value in given.items()}
+
+
+def card(model: Model, record: TrainingRecord, run: Run, size: int, own: Own, *, drawn: bool) -> str:
     """The model card; every number in it was measured or set in this run."""
+    given = ", ".join(f.name for f in fields(own) if getattr(own, f.name))
     name = model.name if not record.recipe["data"] else Path(record.recipe["data"]).stem
     losses = ", ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in record.losses.items())
-    settings = "\n".join(f"| {k} | {v} |" for k, v in record.recipe.items() if v not in (None, "", False))
+    settings = "\n".join(f"| {k} | {v} |" for k, v in _settings(record.recipe, own).items() if v not in (None, "", False))
     lines = [
         f"# {name}",
-        f"A flow model trained by fewstep: `{record.command}` trained it and wrote this page.",
+        f"A flow model trained by fewstep{' from Python' if given else ''}: `{record.command}`"
+        + (f", with {given} of the caller's own," if given else "")
+        + " trained it and wrote this page.",
         "![Samples, classes in turn](samples.png)" if drawn else "",
         f"Path `{model.path!r}`, predicts {model.predicts}, samples of shape {model.shape}"
         + (f", {model.classes} classes (null label {model.null_label})" if model.classes else "")

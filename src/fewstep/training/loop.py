@@ -10,6 +10,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ from .assemble import Parts, assemble, first_network, optimizer_for
 from .batch import Ahead, Batch, Objective, pieces_of
 from .data import Source, open_source
 from .finish import finish, write_curve
+from .ingredients import Own, facts
 from .losses import Losses
 from .measure import held_out_loss, write_preview
 from .recipe import Keeping, Recipe, plain
@@ -122,7 +124,7 @@ class Session:
         shares: (start, stop) of this process's pieces of every batch.
         out: the run's folder.
         keeping: see `train`.
-        own: whether the network is the recipe's, so that the model can be saved whole.
+        own: what the caller passed instead of the recipe's.
         cpu_seconds: processor time of this process since the last checkpoint.
     """
 
@@ -134,7 +136,7 @@ class Session:
     shares: list[tuple[int, int]]
     out: Path
     keeping: Keeping
-    own: bool
+    own: Own
     cpu_seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -223,7 +225,7 @@ class Session:
         """Save the model and clear the checkpoints away."""
         model = self.parts.model(self.run.ema)
         if self.main:
-            finish(self.run, self.parts, model, self.out, self.keeping.stored, whole=self.own)
+            finish(self.run, self.parts, model, self.out, self.keeping.stored, self.own)
         self.accelerator.wait_for_everyone()
         if self.keeping.tracker:
             self.accelerator.end_training()  # ends the process group, too
@@ -273,7 +275,13 @@ def _begin(
     made = network if network is not None else first_network(parts, start="" if resume else recipe.start)
     made.to(accelerator.device).train()
     bare = optimizer_for(made, recipe)
-    run = Run.begin(plain(recipe), made, bare, recipe.ema)  # before the wrapping, whose autocast the average must not inherit
+    own = Own.of(network, data, objective)
+    made_of: dict[str, Any] = {"network": own.network, "objective": own.objective, "data": facts(found)}
+    if parts.source is not None:
+        made_of["source"] = facts(parts.source)
+    run = Run.begin(
+        plain(recipe), made, bare, recipe.ema, made_of
+    )  # before the wrapping, whose autocast the average must not inherit
     wrapped, prepared = accelerator.prepare(made, bare)
     # The wrapping is for gradients that a scaler scales; without one it only looks for absent packages, at every step.
     optimizer = bare if accelerator.scaler is None else prepared
@@ -288,4 +296,4 @@ def _begin(
             accelerator.scaler.load_state_dict(run.scaler)
     if keeping.tracker:
         accelerator.init_trackers("fewstep", config={k: str(v) for k, v in plain(recipe).items()})
-    return Session(parts, accelerator, run, wrapped, optimizer, shares, out, keeping, network is None)
+    return Session(parts, accelerator, run, wrapped, optimizer, shares, out, keeping, own)

@@ -1,17 +1,21 @@
 """What decides the weights of a training run, as plain data; imports no torch, so that help and printing are instant."""
 
+import math
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter
 
+from .._disk import one_line, short
 from .._errors import FewstepError
 
 NETWORK_OPTIONS = ("width", "blocks", "channels", "layers", "patch", "heads", "attention", "dropout")
 """Fields of `Recipe` that belong to some kinds of network and not to others."""
 
 
-def _integers(_: Any, tokens: Any) -> tuple[int, ...]:
+def _integers(_: Any, tokens: Any) -> tuple[int, ...] | None:
+    if [token.value.lower() for token in tokens] == ["none"]:  # as of any other setting that may be unset
+        return None
     return tuple(int(piece) for token in tokens for piece in token.value.split(",") if piece.strip())
 
 
@@ -49,7 +53,7 @@ class Recipe:
     time: Literal["uniform", "logit_normal", "log_snr", "normal_log_snr"] = "uniform"
     """Law of the training times."""
     time_mean: float = 0.0
-    """Mean of logit_normal and normal_log_snr."""
+    """Mean of logit_normal and normal_log_snr; the law of EDM is normal_log_snr with mean 1.2 and standard deviation 1.2."""
     time_std: float = 1.0
     """Their standard deviation."""
     stratified: Annotated[bool, Parameter(negative="--no-stratified")] = False
@@ -129,21 +133,25 @@ class Recipe:
             )
         return count
 
-    def check(self) -> None:
+    def check(self, *, data: bool = True) -> None:
         """Refuse settings that no run can have.
+
+        Args:
+            data: whether there must be data.
 
         Raises:
             FewstepError: the setting, what it must be, and what came.
         """
+        check_types(self)
         at_least = {"steps": 1, "batch": 1, "accumulate": 1, "warmup": 0, "hold_out": 0, "divergence_every": 1, "seed": 0}
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise FewstepError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("weight_decay", "clip", "divergence"):
-            if not 0.0 <= getattr(self, name) < float("inf"):
+            if getattr(self, name) < 0.0:
                 raise FewstepError(f"{name} must be a number from 0 on, got {getattr(self, name)}")
         for name in ("lr", "sigma_data", "time_std"):
-            if not 0.0 < getattr(self, name) < float("inf"):
+            if getattr(self, name) <= 0.0:
                 raise FewstepError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("ema", "label_dropout", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
@@ -154,11 +162,12 @@ class Recipe:
             raise FewstepError(f"seed must be below 2**63, got {self.seed}")
         if self.hold_out == 1:
             raise FewstepError("hold_out = 1 would keep every sample aside; use 2 or more, or 0 for none")
-        from .._types import RAW_PREDICTS  # imports torch
+        if self.raw != "plain":
+            from .._types import RAW_PREDICTS  # imports torch
 
-        if self.predicts != (meant := RAW_PREDICTS.get(self.raw, self.predicts)):
-            raise FewstepError(f'raw = "{self.raw}" goes with predicts = "{meant}", got "{self.predicts}"')
-        if not self.data:
+            if self.predicts != (meant := RAW_PREDICTS[self.raw]):
+                raise FewstepError(f'raw = "{self.raw}" goes with predicts = "{meant}", got "{self.predicts}"')
+        if data and not self.data:
             raise FewstepError("data must be given: --data FILE, FOLDER or NAME")
 
 
@@ -185,6 +194,39 @@ RECIPES: dict[str, Recipe] = {
     ),
 }  # fmt: skip
 """Recipes by name; each is a starting point that flags override."""
+
+
+def check_types(settings: Any) -> None:
+    """Refuse values that the fields of a dataclass do not allow: a caller in Python can pass anything.
+
+    Raises:
+        FewstepError: the field, what it may be, and what came.
+    """
+    hints = get_type_hints(type(settings))
+    for f in fields(settings):
+        value, hint = getattr(settings, f.name), hints[f.name]
+        kinds = [hint] if get_origin(hint) in (None, Literal, tuple) else list(get_args(hint))
+        unset = isinstance(value, float) and value == f.default  # a default may be infinite
+        if not unset and not any(_is(value, kind) for kind in kinds):
+            words = " or ".join(map(_in_words, kinds))
+            raise FewstepError(one_line(f"{f.name} must be {words}, got {short(repr(value))}"))
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if get_origin(kind) is Literal:
+        return isinstance(value, str) and value in get_args(kind)
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(_is(each, int) for each in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float) and math.isfinite(value) if kind is float else isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(f'"{word}"' for word in get_args(kind))
+    kinds = {int: "an integer", float: "a finite number", bool: "True or False", str: "text", type(None): "None"}
+    return kinds.get(kind, "a tuple of integers")
 
 
 def changed(theirs: dict[str, Any], mine: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -222,6 +264,7 @@ class Keeping:
         Raises:
             FewstepError: the setting, what it must be, and what came.
         """
+        check_types(self)
         for name, least in {"every": 1, "keep": 1, "preview": 0}.items():
             if getattr(self, name) < least:
                 raise FewstepError(f"{name} must be at least {least}, got {getattr(self, name)}")

@@ -19,6 +19,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .. import __version__
 from .._disk import atomic_write, refusal, short
+from .ingredients import LONGEST, other
 from .recipe import changed
 
 PATTERN = "checkpoint-*.safetensors"
@@ -31,6 +32,7 @@ class Run:
 
     Attributes:
         recipe: its settings; a checkpoint is only continued under the same.
+        made_of: what else must be the same: network and objective of the caller's own, in words, and facts of the data.
         network: what the optimiser trains, unwrapped.
         ema: the network with the exponential moving average of its weights, which is what gets saved.
         optimizer: AdamW.
@@ -58,11 +60,19 @@ class Run:
     scaler: dict[str, float] = field(default_factory=dict)
     before: dict[str, Any] | None = None
     saved: int | None = None
+    made_of: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
-    def begin(recipe: Mapping[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer, ema: float) -> "Run":
+    def begin(
+        recipe: Mapping[str, Any],
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        ema: float,
+        made_of: Mapping[str, Any] | None = None,
+    ) -> "Run":
         """Step 0."""
-        return Run(recipe, network, deepcopy(network).eval().requires_grad_(False), optimizer, ema)
+        average = deepcopy(network).eval().requires_grad_(False)
+        return Run(recipe, network, average, optimizer, ema, made_of=made_of or {})
 
     def __post_init__(self) -> None:
         # Listed once: to walk the modules at every step costs several times the blending.
@@ -90,7 +100,7 @@ class Run:
             ArtifactError: the file cannot be written; earlier checkpoints are as they were.
         """
         names = ("step", "passes", "seconds", "cpu_seconds", "curve", "scaler", "before")
-        rest = {name: getattr(self, name) for name in names}
+        rest = {name: getattr(self, name) for name in names} | {"made_of": dict(self.made_of)}
         header = {"run": json.dumps({"recipe": dict(self.recipe), **rest}), "versions": json.dumps(versions())}
         atomic_write(folder / f"checkpoint-{self.step:08d}.safetensors", save_tensors(self._tensors(), metadata=header))
         self.saved = self.step
@@ -104,12 +114,15 @@ class Run:
             What has changed in the versions of packages that decide the numbers, in words; None where nothing has.
 
         Raises:
-            ArtifactError: the file is damaged, or belongs to another recipe (the differing settings are listed).
+            ArtifactError: the file is damaged, or belongs to another recipe, data, network or objective (what differs is
+                listed).
         """
         header, tensors = _read(file)
         rest = json.loads(header["run"])
-        if differing := changed(rest.pop("recipe"), dict(self.recipe)):
-            said = ", ".join(f"{name} = {short(old)} (now {short(new)})" for name, (old, new) in differing.items())
+        differing = changed(rest.pop("recipe"), dict(self.recipe)) | self._mixed(rest.pop("made_of", {}))
+        if differing:
+            told = {name: (short(old, LONGEST), short(new, LONGEST)) for name, (old, new) in differing.items()}
+            said = ", ".join(f"{name} = {old} (now {new})" for name, (old, new) in told.items())
             raise refusal(
                 f"{file} was made with {said}; a run can only continue as it began: start afresh in another --out, or drop "
                 "the settings and keep those of the run"
@@ -120,6 +133,17 @@ class Run:
         self.saved = self.step
         news = changed(json.loads(header["versions"]), versions())
         return ", ".join(f"{name} {old} then, {new} now" for name, (old, new) in news.items()) or None
+
+    def _mixed(self, theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """What differs beside the recipe, with both values; a checkpoint of an earlier version does not say."""
+        found: dict[str, tuple[Any, Any]] = {}
+        for name in theirs.keys() & self.made_of.keys():
+            then, now = theirs[name], self.made_of[name]
+            if isinstance(then, Mapping) and isinstance(now, Mapping):
+                found |= {f"{what} of {name}": both for what, both in other(then, now).items()}
+            elif then != now:
+                found[f"own {name}"] = (then or "none", now or "none")
+        return found
 
     def _load(self, tensors: Mapping[str, Tensor], file: Path) -> None:
         state = self.optimizer.state_dict()
