@@ -108,10 +108,32 @@ def test_what_is_kept_aside_is_never_drawn():
     source = FiniteSource(torch.arange(11.0).view(11, 1), torch.arange(11), 11, hold_out=3)
     x, label = whole(source)
     kept, kept_label = source.held_out()
-    assert kept.flatten().tolist() == [2, 5, 8] == kept_label.tolist()
-    assert sorted(x.flatten().tolist()) == [0, 1, 3, 4, 6, 7, 9, 10] == sorted(label.tolist())
+    assert [int(place) // 3 for place in kept] == [0, 1, 2]  # one of each three, none of the last two
+    assert kept.flatten().tolist() == kept_label.tolist()
+    assert x.flatten().tolist() == label.tolist()
+    assert sorted([*x.flatten().tolist(), *kept.flatten().tolist()]) == list(range(11))
     assert source.description == "samples in memory: 8 of shape 1 to train on in 11 classes, one in 3 kept aside: 3"
     assert FiniteSource(torch.zeros(3, 2)).held_out() is None
+
+
+@pytest.mark.parametrize("hold_out", [2, 10, 20])
+def test_no_class_is_kept_aside_whole_where_labels_go_round(hold_out):
+    labels = torch.arange(400) % 10
+    source = FiniteSource(labels[:, None].float(), labels, hold_out=hold_out)
+    kept, kept_label = source.held_out()
+    assert (len(kept), source.size) == (400 // hold_out, 400 - 400 // hold_out)
+    assert len(set(kept_label.tolist())) >= 5
+    assert sorted(set(whole(source)[1].tolist())) == list(range(10))
+    again = FiniteSource(labels[:, None].float(), labels, hold_out=hold_out)
+    assert torch.equal(again.held_out()[0], kept)  # of a resumed run
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_samples_in_memory_must_be_finite(bad):
+    data = torch.zeros(8, 2)
+    data[3, 1] = bad
+    with pytest.raises(FewstepError, match=f"mine: sample 3 holds {bad}; every value must be a finite float32"):
+        FiniteSource(data, origin="mine")
 
 
 def test_half_of_the_images_are_mirrored():
@@ -246,6 +268,7 @@ def test_a_function_of_the_users_is_asked_for_whole_blocks(generators):
         ("made_here:plain", {"limit": 3}, "makes endless samples, for which limit has no meaning; leave it out"),
         ("moons", {"hold_out": 3}, "moons makes endless samples, for which hold_out has no meaning"),
         ("moons", {"flip": True}, "flip has no meaning"),
+        ("moons", {"classes": 3}, "moons makes endless samples, for which classes has no meaning; leave it out"),
     ],
 )
 def test_generators_that_cannot_be_used(generators, name, options, message):
@@ -314,6 +337,18 @@ def test_images_of_all_modes_become_grey_or_colour(tmp_path):
     assert x[3].tolist() == PIXELS[0, :, :4, :4].tolist()
 
 
+def test_photographs_are_turned_as_the_camera_was(tmp_path):
+    upright, exif = PIXELS[0].transpose(1, 2, 0), Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right is upright
+    stream = io.BytesIO()
+    Image.fromarray(np.rot90(upright).copy()).save(stream, "png", exif=exif)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "0.png").write_bytes(stream.getvalue())
+    assert open_source(tmp_path / "photos").data.tolist() == PIXELS[:1].tolist()
+    file = parquet(tmp_path / "photos.parquet", {"img": [stream.getvalue()]})
+    assert open_source(file).data.tolist() == PIXELS[:1].tolist()
+
+
 def test_parquet(tmp_path):
     file = parquet(tmp_path / "pets.parquet", {"img": cells(), "label": LABELS})
     assert_holds(open_source(file))
@@ -349,6 +384,51 @@ def test_arrays(tmp_path):
     assert source.data.tolist() == paths[[0, 2, 4]].astype(np.float32).tolist()
     assert source.labels.tolist() == [0, 2, 4]
     assert (source.classes, source.data_range) == (7, None)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "order", "note"),
+    [
+        (np.uint8, (5, 6, 7, 3), (0, 3, 1, 2), "(channels moved to the front)"),
+        (np.uint8, (5, 6, 7, 1), (0, 3, 1, 2), "(channels moved to the front)"),
+        (np.uint8, (5, 6, 7, 4), (0, 3, 1, 2), "(channels moved to the front, transparency dropped)"),
+        (np.uint8, (5, 4, 6, 4), (0, 1, 2, 3), None),
+        (np.float32, (5, 6, 7, 3), (0, 3, 1, 2), "(channels moved to the front)"),
+        (np.float32, (5, 6, 7, 4), (0, 3, 1, 2), "(channels moved to the front)"),
+        (np.float32, (5, 3, 6, 4), (0, 1, 2, 3), None),
+        (np.float32, (5, 2, 6, 3), (0, 1, 2, 3), None),
+        (np.float32, (5, 6, 7, 2), (0, 1, 2, 3), None),
+        (np.float32, (5, 6, 3), (0, 1, 2), None),
+    ],
+)
+def test_channels_that_come_last_are_moved(tmp_path, kind, shape, order, note):
+    x = RNG.integers(0, 2, shape).astype(kind)
+    np.save(tmp_path / "x.npy", x)
+    source = open_source(tmp_path / "x.npy")
+    want = x.transpose(order)[:, :3] if note and "dropped" in note else x.transpose(order)
+    assert source.data.tolist() == want.tolist()
+    assert ("moved" in source.description) == (note is not None)
+    assert note is None or note in source.description
+
+
+def test_float_images_of_8_bit_levels_are_refused(tmp_path):
+    for x in (PIXELS.astype(np.float32), PIXELS.transpose(0, 2, 3, 1).astype(np.float64)):
+        np.save(tmp_path / "x.npy", x)
+        with pytest.raises(FewstepError, match=r"values run from 0 to 255; .* in \[-1, 1\]: divide by 127.5 and subtract 1"):
+            open_source(tmp_path / "x.npy")
+    np.save(tmp_path / "x.npy", PIXELS.astype(np.float32) / 16)
+    with pytest.warns(UserWarning, match=r"run from 0 to 15.9.*scale them if these are images"):
+        assert open_source(tmp_path / "x.npy").size == 10
+
+
+@pytest.mark.parametrize(
+    "x",
+    [PIXELS.reshape(10, -1), PIXELS.repeat(2, 1), PIXELS - 1.0, PIXELS * 2.0, PIXELS / 255],
+    ids=["flat", "6", "-1", "510", "1"],
+)
+def test_other_floats_are_used_as_they_are(tmp_path, x):
+    np.save(tmp_path / "x.npy", np.float32(x))
+    assert torch.equal(open_source(tmp_path / "x.npy").data, torch.from_numpy(np.float32(x)))
 
 
 def test_scaling_and_cropping_make_images_alike(tmp_path):

@@ -37,7 +37,7 @@ class Reading:
 
 
 def decode(data: bytes, size: tuple[int, int] | None) -> np.ndarray:
-    """One image as uint8 (1 or 3, height, width); transparency is dropped.
+    """One image as uint8 (1 or 3, height, width), turned as its EXIF orientation says; transparency is dropped.
 
     Raises:
         Unreadable: no image, a damaged one, or one with more than 8 bits per channel.
@@ -48,6 +48,7 @@ def decode(data: bytes, size: tuple[int, int] | None) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode[0] in "IF":
                 raise Unreadable(f'its mode "{image.mode}" has more than 8 bits per channel')
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode in ("P", "PA", "RGBa"):  # straight to RGB, Pillow warns of the palette's transparency
                 image = image.convert("RGBA")
             image = image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")

@@ -16,7 +16,7 @@ from .source import EndlessSource, FiniteSource, Source
 from .toys import TOYS
 
 DIGITS_HOLD_OUT = 6
-"""The bundled model's choice: other models are measured on the same digits."""
+"""The bundled model's choice; other models are measured on the digits that it has not seen, every sixth."""
 
 _KINDS = (
     "a parquet file, a folder of images or parquet files, a .npy or .npz file, package.module:function, digits, "
@@ -44,13 +44,13 @@ def open_source(
             "train" in their name); a folder of images, whose sub-folders are classes; a ``.npy`` or ``.npz`` file; or
             ``package.module:function``, called as ``function(rng, count)``, see `EndlessSource`. Write ``./digits`` for a
             folder of your own with such a name.
-        hold_out: keep every so many-th sample aside; 0 for none; None for none, but every sixth of the digits.
+        hold_out: keep one sample in so many aside, see `FiniteSource`; 0 for none; None: none, but every sixth of the digits.
         flip: mirror half of the images left to right.
         dequantize: uniform noise inside each of the 256 levels, see `FiniteSource`.
         limit: use only so many samples, evenly spaced.
         skip_unreadable: leave out images that cannot be read; the description says how many.
         size: scale images to cover this side, or (height, width), and crop the middle.
-        classes: number of classes, if it is not the highest label plus one.
+        classes: number of classes, if it is not the highest label plus one; refused where there are no labels.
         progress: ``progress(done, total)`` while images are decoded.
 
     Raises:
@@ -68,7 +68,7 @@ def open_source(
     given = {"hold_out": hold_out, "flip": flip, "dequantize": dequantize, "limit": limit, "size": sides}
     if isinstance(where, str) and where in TOYS:
         toy = TOYS[where]
-        _nothing(given, where)
+        _nothing({**given, "classes": classes}, where)
         return EndlessSource(toy.sample, where, f'the density "{where}"', log_density=toy.log_density)
     if not os.path.exists(where) and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", str(where)):
         _nothing(given, str(where))
@@ -79,8 +79,10 @@ def open_source(
         raise refuse(f"{where} has no labels, but classes={classes} was asked for; leave it out, or add labels")
     digits = where == "digits"
     keep = hold_out if hold_out is not None else DIGITS_HOLD_OUT if digits else 0
-    values = (-1.0, 1.0) if digits else None
-    return FiniteSource(found.data, found.labels, found.classes, found.origin, keep, flip, dequantize, values)
+    return FiniteSource(
+        found.data, found.labels, found.classes, found.origin, keep, flip, dequantize,
+        values=(-1.0, 1.0) if digits else None, regular=digits and keep == DIGITS_HOLD_OUT,
+    )  # fmt: skip
 
 
 def _nothing(given: dict[str, object], where: str) -> None:

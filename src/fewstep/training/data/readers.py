@@ -1,6 +1,7 @@
 """One reader per kind of data; each returns checked samples in memory. Nothing is ever unpickled."""
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..._disk import short
-from .checks import LABEL, check_finite, check_labels, pick, pick_labels, refuse, spread
+from ..._disk import one_line, short
+from .checks import LABEL, check_labels, pick, pick_labels, refuse, spread
 from .images import Reading, Unreadable, decode_all, skipped_note
 
 SPLITS = {"train", "training", "test", "val", "valid", "validation", "eval"}
@@ -129,10 +130,15 @@ def _table(tables: list[Any], files: list[Path], where: str, note: str, classes:
 def read_array(file: Path, classes: int | None, limit: int | None) -> Samples:
     """A ``.npy`` array, or ``.npz`` with ``x``, ``images`` or ``data`` and perhaps ``y`` or ``labels``.
 
-    uint8 arrays are images: (n, height, width) gets a channel, channels that come last are moved to the front.
+    uint8 arrays are images: (n, height, width) gets a channel. Of (n, a, b, c) with c = 1, 3 or 4 and a > 4 the channels come
+    last and are moved to the front; the fourth of uint8 is transparency and dropped.
 
     Raises:
-        FewstepError: the file cannot be read, holds objects, other arrays or types, NaN, infinities, or bad labels.
+        FewstepError: the file cannot be read, holds objects, other arrays or types, bad labels, or images whose values are
+            levels from 0 to 255 as floats.
+
+    Warns:
+        UserWarning: of what may be images whose values were not scaled.
     """
     try:
         with file.open("rb") as stream:
@@ -157,23 +163,38 @@ def _array(x: np.ndarray, y: np.ndarray | None, file: Path, classes: int | None,
         raise refuse(f"{file}: expected uint8 (images, scaled to [-1, 1]) or float (used as it is), got {x.dtype}; convert it")
     labels, count = (None, None) if y is None else check_labels(y, len(x), str(file), classes)
     rows = spread(len(x), limit, str(file))
-    x, note = (x if limit is None else x[rows]), ""
-    if x.dtype == np.uint8:
-        x, note = _channels_first(x)
-    else:
-        with np.errstate(over="ignore"):  # what is too large becomes inf, which is refused next
+    x = x if limit is None else x[rows]
+    if x.dtype != np.uint8:
+        with np.errstate(over="ignore"):  # what is too large becomes inf, which the source refuses
             x = np.asarray(x, np.float32)
-        check_finite(x, str(file))
+    x, note = _channels_first(x)
+    _check_scaled(x, file)
     labels = None if labels is None else labels[torch.from_numpy(rows)]
     return Samples(torch.from_numpy(np.ascontiguousarray(x)), labels, count, f"samples in {file.name}{note}")
 
 
 def _channels_first(x: np.ndarray) -> tuple[np.ndarray, str]:
-    if x.ndim == 3:
+    image = x.dtype == np.uint8
+    if image and x.ndim == 3:
         return x[:, None], ""
-    if x.ndim == 4 and x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
-        return x.transpose(0, 3, 1, 2), " (channels moved to the front)"
-    return x, ""
+    if x.ndim != 4 or x.shape[3] not in (1, 3, 4) or x.shape[1] <= 4:  # up to 4 may be channels that come first
+        return x, ""
+    if image and x.shape[3] == 4:  # four channels of floats may be anything, as latents: all are kept
+        return x[..., :3].transpose(0, 3, 1, 2), " (channels moved to the front, transparency dropped)"
+    return x.transpose(0, 3, 1, 2), " (channels moved to the front)"
+
+
+def _check_scaled(x: np.ndarray, file: Path) -> None:
+    """Float images must not have 8-bit levels, beside which the noise is nothing; what only may be such gets a warning."""
+    if x.dtype == np.uint8 or x.ndim != 4 or x.shape[1] not in (1, 3):
+        return
+    low, high = float(x.min()), float(x.max())
+    if not 0 <= low < 2 < high <= 255:
+        return
+    came = f"{file}: the values run from {low:g} to {high:g}; float images are used as they are and should lie in [-1, 1]"
+    if high > 127 and np.array_equal(x[:1000], np.floor(x[:1000])):
+        raise refuse(f"{came}: divide by 127.5 and subtract 1, or save them as uint8")
+    warnings.warn(one_line(f"{came}: scale them if these are images"), UserWarning, stacklevel=2)
 
 
 def _parquet_file(file: Path) -> Any:

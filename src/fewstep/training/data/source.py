@@ -6,7 +6,7 @@ knowing of the others, and a resumed run goes on with the samples that the undis
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -68,14 +68,16 @@ class FiniteSource:
         labels: (n,) int64, checked.
         classes: number of classes; default: the highest label plus one.
         origin: what and from where, for the description.
-        hold_out: every so many-th sample is kept aside; 0 for none.
+        hold_out: of each so many samples in a row one is kept aside, drawn at random but the same in every run (at a fixed
+            place it would always be the same class of data whose labels go round); 0 for none.
         flip: mirror half of the samples left to right; images (channels, height, width) only.
         dequantize: spread each of the 256 levels evenly over its bin, (x + u) / 128 - 1 with u uniform in [0, 1), which
             makes the density of images finite; uint8 only.
         values: smallest and largest possible value of float data, where that is known.
+        regular: keep the last of each `hold_out` samples aside instead, as for the bundled model of digits.
 
     Raises:
-        FewstepError: an option that does not fit the data, or too few samples for it.
+        FewstepError: NaN, infinities, an option that does not fit the data, or too few samples for it.
 
     Example:
         >>> source = FiniteSource(torch.arange(10.0).view(5, 2))
@@ -92,6 +94,7 @@ class FiniteSource:
     flip: bool = False
     dequantize: bool = False
     values: tuple[float, float] | None = None
+    regular: bool = False
 
     def __post_init__(self) -> None:
         if self.hold_out < 0 or self.hold_out == 1:
@@ -104,6 +107,8 @@ class FiniteSource:
             raise refuse(f"flip mirrors images (channels, height, width), the samples have shape {self.shape}; turn it off")
         if self.dequantize and self.data.dtype != torch.uint8:
             raise refuse("dequantize is for uint8 images of 256 levels, these samples are float; turn it off")
+        if self.data.is_floating_point():
+            check_finite(self.data.detach().float().cpu().numpy(), self.origin)
         if self.labels is not None:
             labels, classes = check_labels(self.labels.numpy(), len(self.data), self.origin, self.classes)
             object.__setattr__(self, "labels", labels)
@@ -139,8 +144,9 @@ class FiniteSource:
             raise ValueError(f"rows {keyed.start} to {keyed.stop} are no part of a batch of {total}")
         before = keyed.step * total
         rows = epoch_rows(self.size, keyed.seed, before + keyed.start, before + keyed.stop)
-        if self.hold_out:
-            rows = rows + rows // (self.hold_out - 1)  # the j-th sample that is not kept aside
+        if self.hold_out:  # the j-th sample that is not kept aside
+            part, place = rows // (self.hold_out - 1), rows % (self.hold_out - 1)
+            rows = part * self.hold_out + place + (place >= self._places[part])
         u = keyed.uniform("dequantize", *self.shape).float() if self.dequantize else None
         x = self.data.index_select(0, rows)  # ten times as fast as indexing
         if self.flip:
@@ -152,9 +158,19 @@ class FiniteSource:
         """See `Source.held_out`; without mirroring, and in the middle of its bin where `dequantize` would spread it."""
         if not self.hold_out:
             return None
-        rows = torch.arange(self.hold_out - 1, len(self.data), self.hold_out)
+        rows = torch.arange(len(self._places) - 1) * self.hold_out + self._places[:-1]
         u = torch.tensor(0.5) if self.dequantize else None
         return self._scaled(self.data[rows], u), None if self.labels is None else self.labels[rows]
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Which of each `hold_out` samples in a row is kept aside, and that none is of the rest of fewer."""
+        parts = len(self.data) // self.hold_out
+        if self.regular:
+            places = torch.full((parts,), self.hold_out - 1)
+        else:
+            places = torch.randint(self.hold_out, (parts,), generator=generator(0, "hold out"))
+        return torch.cat([places, torch.tensor([self.hold_out])])
 
     def _scaled(self, picked: Tensor, u: Tensor | None) -> Tensor:
         if picked.dtype != torch.uint8:
