@@ -1,4 +1,6 @@
+import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from fewstep import (
 from fewstep.composite import CountedField, JointField
 from fewstep.coordinates import Coordinates
 from fewstep.trajectory import Solve
+from fewstep.zoo import load
 from problems import GaussianFlow, Recorder, ShearedSpiral, SmoothNetwork, gaussian_flow, mixture, randn, rms
 
 PATHS = [CondOT(), Cosine(), VP(), VE(), EDM(), DiscreteVP(torch.linspace(0.9999, 0.003, 400))]
@@ -147,6 +150,16 @@ def test_a_reference_outside_its_clock_is_refused():
 def test_a_reference_that_does_not_converge_says_how_far_it_came():
     with pytest.raises(FieldError, match=r"did not converge: 32 Runge-Kutta steps still change it by .* \(asked for 1e-09\)"):
         reference(lambda x, t: torch.sin(40 * x), randn(4, 2), tol=1e-9, most_steps=32)
+
+
+def test_half_precision_is_named_where_it_is_what_does_not_converge():
+    model = load("digits")
+    rough = replace(model, network=copy.deepcopy(model.network).to(torch.bfloat16))
+    field, noise = rough.given(torch.arange(4)), randn(4, 1, 8, 8)
+    with pytest.raises(FieldError, match=r"; the network computes in torch.bfloat16, give tol=\S+ or the network in float32$"):
+        reference(field, noise, tol=1e-5, most_steps=32)
+    solution = reference(field, noise.to(torch.bfloat16), tol=1e-2)
+    assert solution.end.dtype == torch.float32
 
 
 def test_a_solve_goes_on_from_what_it_has_and_gives_what_a_fresh_one_gives():

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ._types import Field, FieldError, State, Time
-from .composite import CountedField, span_of, start_scale
+from .composite import CountedField, dtype_of, path_of, span_of, start_scale
 from .coordinates import Coordinates
 from .grid import TimeGrid
 
@@ -114,6 +114,8 @@ class Solve:
         self._counted = CountedField(field)
         self._coordinates = Coordinates.of(field)
         self._rate = self._coordinates.field(self._counted)
+        if path_of(field) is not None and noise.dtype in (torch.float16, torch.bfloat16):
+            noise = noise.float()  # a state in half precision loses what the last steps add; networks are asked in their own
         self._z0 = noise * (start_scale(field) / self._coordinates.scale(0.0))
         self._inside = self._coordinates.tau(torch.tensor(span_of(field), dtype=torch.float64)).tolist()
         self._most, self._steps, self._change = most_steps, FEWEST_STEPS, float("inf")
@@ -133,9 +135,15 @@ class Solve:
                 failure = caught  # steps this long may blow up where shorter ones do not
         while self._last is None or not self._last.error <= tol:
             if self._steps >= self._most:
+                rough = dtype_of(self._counted)
+                advice = (
+                    f"the network computes in {rough}, give tol={2 * self._change:.1g} or the network in float32"
+                    if rough in (torch.float16, torch.bfloat16)
+                    else "raise tol or most_steps, or check that the field is smooth in x and t"
+                )
                 raise FieldError(
                     f"the reference did not converge: {self._steps} Runge-Kutta steps still change it by {self._change:.2g} "
-                    f"(asked for {tol:.2g}); raise tol or most_steps, or check that the field is smooth in x and t"
+                    f"(asked for {tol:.2g}); {advice}"
                 )
             try:
                 self._double()

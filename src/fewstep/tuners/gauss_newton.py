@@ -29,7 +29,7 @@ Write = Callable[[Tensor], Sampler]
 """Numbers (p,) float64 -> a table; differentiable, ValueError where the numbers make no table."""
 
 MEMORY = 1 << 25
-"""Largest number of elements of the tangents of all calls; more noise is taken in pieces."""
+"""Largest number of elements of the tangents of all calls; more noise is taken in pieces, more numbers in groups."""
 
 DAMPINGS = (0.1, 1.0, 10.0)
 """Factors on the damping that every iteration tries."""
@@ -228,32 +228,44 @@ def _normal_equations(write: Write, theta: Tensor, problem: Problem, log_loss: b
 
 
 def _propagate(table: Sampler, d_times: Tensor, d_rows: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
-    """The end point (batch, ...) and its derivative in every number (p, batch, ...), by one-sided differences per call."""
+    """The end point (batch, ...) and its derivative in every number (p, batch, ...), by one-sided differences per call.
+
+    Numbers that do not fit into `MEMORY` at once are taken in groups; this costs no further calls.
+    """
     ask, noise, n, p = problem.field, problem.noise, table.nfe, d_times.shape[1]
-    step = difference(ask)
-    rows = torch.cat([table.a[:, None], table.b], dim=1).detach()
+    rows = torch.cat([table.a[:, None], table.b], dim=1).detach().to(noise)
     features = noise.new_zeros(n + 1, *noise.shape)  # the noise, then the outputs
     features[0] = noise
-    moved = noise.new_zeros(n, p, *noise.shape)  # d output / d number
+    tangents = noise.new_zeros(p, *noise.shape)
     with torch.no_grad():
-        for i in range(n + 1):
-            used = slice(0, i + 1)
-            x = torch.tensordot(rows[i, used].to(features), features[used], dims=1)
-            dx = torch.tensordot(d_rows[i, used].T.to(features), features[used], dims=1)
-            if i:
-                dx += torch.tensordot(table.b[i, :i].detach().to(features), moved[:i], dims=1)
-            if i == n:
-                return x, dx
-            t, size = float(table.times[i]), float(x.square().mean().sqrt())
-            features[i + 1] = u = ask(x, t)
-            sizes = dx.flatten(1).square().mean(1).sqrt().tolist()
-            for k, (length, dt) in enumerate(zip(sizes, d_times[i].tolist(), strict=True)):
-                if length == 0.0 and dt == 0.0:
-                    continue  # this number only acts later
-                h = step / max(length / max(size, 1e-12), abs(dt))
-                if not 0.0 <= t + h * dt <= 1.0:
-                    h = -h
-                moved[i, k] = (ask(x + h * dx[k], t + h * dt) - u) / h
+        for i in range(n):
+            features[i + 1] = ask(torch.tensordot(rows[i, : i + 1], features[: i + 1], dims=1), float(table.times[i]))
+        for group in torch.arange(p).split(max(1, MEMORY // (n * noise.numel()))):
+            tangents[group] = _tangents(table, rows, features, d_times[:, group], d_rows[..., group], ask)
+        return torch.tensordot(rows[n], features, dims=1), tangents
+
+
+def _tangents(table: Sampler, rows: Tensor, features: Tensor, d_times: Tensor, d_rows: Tensor, ask: Field) -> Tensor:
+    """The derivative of the end point in some of the numbers, (numbers, batch, ...)."""
+    n, p, step = table.nfe, d_times.shape[1], difference(ask)
+    moved = features.new_zeros(n, p, *features.shape[1:])  # d output / d number
+    for i in range(n + 1):
+        used = slice(0, i + 1)
+        dx = torch.tensordot(d_rows[i, used].T.to(features), features[used], dims=1)
+        if i:
+            dx += torch.tensordot(rows[i, 1 : i + 1], moved[:i], dims=1)
+        if i == n:
+            return dx
+        x, u, t = torch.tensordot(rows[i, used], features[used], dims=1), features[i + 1], float(table.times[i])
+        size = float(x.square().mean().sqrt())
+        sizes = dx.flatten(1).square().mean(1).sqrt().tolist()
+        for k, (length, dt) in enumerate(zip(sizes, d_times[i].tolist(), strict=True)):
+            if length == 0.0 and dt == 0.0:
+                continue  # this number only acts later
+            h = step / max(length / max(size, 1e-12), abs(dt))
+            if not 0.0 <= t + h * dt <= 1.0:
+                h = -h
+            moved[i, k] = (ask(x + h * dx[k], t + h * dt) - u) / h
     raise AssertionError("unreachable: the last row returns")
 
 
