@@ -66,21 +66,26 @@ def train(
         print(jsonlib.dumps(summary) if json else f"model, card and curve in {out}; tune it: fewstep tune {out} --nfe 4,6,8")
 
 
+_YES = ("yes", "y", "1", "true", "t")
+"""Values of a switch that cyclopts reads as on."""
+
+
 def flags_before(words: Sequence[str]) -> list[str]:
     """The settings of --recipe, or of the run that is resumed, as flags to stand before those given.
 
     Raises:
         ValueError: no such recipe (the nearest is suggested), or a file with unknown keys.
     """
-    given = {word.partition("=")[0].replace("--no-", "--", 1) for word in words}
-    if "--network" in given:  # another network has other options
+    given, base = {word.partition("=")[0].replace("--no-", "--", 1) for word in words}, _base(words)
+    network = flag_value(words, "--network")
+    if network and network != base.get("network", Recipe.network):  # another network has other options
         given |= {f"--{name}" for name in NETWORK_OPTIONS}
-    return as_flags({k: v for k, v in _base(words).items() if f"--{k.replace('_', '-')}" not in given})
+    return as_flags({k: v for k, v in base.items() if f"--{k.replace('_', '-')}" not in given})
 
 
 def _base(words: Sequence[str]) -> dict[str, Any]:
     name = flag_value(words, "--recipe")
-    if not name and "--resume" in words:
+    if not name and any(word in ("--resume", *(f"--resume={yes}" for yes in _YES)) for word in map(str.lower, words)):
         from .training.state import stored_recipe
 
         return stored_recipe(Path(flag_value(words, "--out") or "fewstep-train"))
@@ -89,7 +94,13 @@ def _base(words: Sequence[str]) -> dict[str, Any]:
     if name in RECIPES:
         return plain(RECIPES[name])
     if Path(name).suffix in (".yaml", ".yml", ".toml", ".json"):
-        return settings_in(Path(name), Recipe)
+        settings = settings_in(Path(name), Recipe)
+        empty = [key for key, value in settings.items() if value is None and getattr(Recipe, key) is not None]
+        if empty:
+            raise ValueError(
+                f"{empty[0]} has no value in {name}; give it one, or leave it out for {getattr(Recipe, empty[0])!r}"
+            )
+        return settings
     raise ValueError(f'unknown recipe "{name}"; {_nearest(name)}')
 
 

@@ -92,10 +92,22 @@ def test_resuming_takes_the_recipe_of_the_run(tmp_path, capsys, monkeypatch):
     assert stop.value.code == 130
     assert "--resume" in capsys.readouterr().err
     assert "was made with steps = 4 (now 9)" in refuse("train", "--resume", "--steps", "9", *out, capsys=capsys)
-    run("train", "--resume", *out)
+    resume = ["train", "--resume=true", "--network", "mlp", *out]  # the run's own network keeps its own options
+    assert "was made with seed = 5 (now 6)" in refuse(*resume, "--seed", "6", capsys=capsys)
+    run(*resume)
     record = read_config(tmp_path).training
     assert record is not None
     assert (record.seed, record.steps) == (5, 4)
+
+
+def test_a_recipe_is_checked_before_it_is_printed(capsys):
+    assert "lr must be positive, got -1.0" in refuse(
+        "train", "--recipe", "digits", "--lr", "-1", "--print-config", capsys=capsys
+    )
+    assert "time_mean must be a finite number, got inf" in refuse(
+        "train", "--recipe", "digits", "--time-mean", "inf", "--print-config", capsys=capsys
+    )
+    run("train", "--recipe", "cifar10-flow", "--print-config")  # without data it is a file to fill in
 
 
 def test_images_that_cannot_be_read_are_left_out_when_asked(tmp_path, capsys):
@@ -156,6 +168,8 @@ def test_an_unknown_key_in_a_recipe_suggests_the_right_one(tmp_path, capsys):
     file = tmp_path / "r.yaml"
     file.write_text("data: digits\nbatchsize: 3\n")
     assert 'unknown key "batchsize"' in refuse("train", "--recipe", str(file), capsys=capsys)
+    file.write_text("data: digits\nwidth: null\nbatch: null\n")
+    assert "batch has no value in" in refuse("train", "--recipe", str(file), capsys=capsys)
     file.write_text("data: [unclosed\n")
     assert "neither TOML, YAML nor JSON" in refuse("train", "--recipe", str(file), capsys=capsys)
 

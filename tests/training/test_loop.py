@@ -69,7 +69,7 @@ def when(step: int, action: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(loop, "learning_rate", rate)
 
 
-def unchecked(settings: Any, values: dict[str, Any]) -> Any:
+def with_values(settings: Any, values: dict[str, Any]) -> Any:
     """With values as a caller could pass them; under test the classes check the types that are theirs themselves."""
     made = replace(settings)
     for name, value in values.items():
@@ -266,6 +266,45 @@ def test_an_objective_of_the_users_own(tmp_path):
     assert "| weight | " not in card
     with pytest.raises(FewstepError, match="divergence would do nothing beside an objective of your own"):
         train(replace(TINY, divergence=0.1), tmp_path / "both", objective=Halved())
+
+
+@pytest.mark.usefixtures("unchecked")  # the types of what is passed, which a caller need not check
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda each: Loss(each.mean()), r'one number for each sample, "each" of shape \(32,\), got \(\); average over'),
+        (lambda each: Loss(each[:1]), r'"each" of shape \(32,\), got \(1,\)'),
+        (lambda each: Loss(each[:, None]), r'"each" of shape \(32,\), got \(32, 1\)'),
+        (lambda each: Loss(each, {"extra": each.mean()}), r'"extra" of shape \(32,\), got \(\)'),
+        (lambda each: Loss(0.0), r'"each" of shape \(32,\), got \(\)'),
+        (lambda each: each, "must return a fewstep.training.batch.Loss, got a Tensor$"),
+    ],
+)
+def test_an_objective_gives_one_loss_for_each_sample(tmp_path, returned, message):
+    class Mine(Regression):
+        def __call__(self, model, batch):
+            return returned(super().__call__(model, batch).each)
+
+    with pytest.raises(FewstepError, match=message):
+        train(TINY, tmp_path, objective=Mine())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_the_pieces_of_an_objective_are_the_whole_batch(tmp_path):
+    class Half(FlowAndDivergence):
+        def pieces(self, model, batch):
+            return super().pieces(model, batch)[:1]
+
+    with pytest.raises(FewstepError, match=r'"each" of shape \(32,\), got \(16,\)'):
+        train(TINY, tmp_path, objective=Half(share=0.5))
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_what_is_no_objective_is_refused(tmp_path):
+    with pytest.raises(FewstepError, match="got a function without passes, span; derive it from"):
+        train(TINY, tmp_path, objective=lambda model, batch: Loss(batch.t))
+    with pytest.raises(FewstepError, match=r"objective must be an object, got the class Regression; pass Regression\(\)"):
+        train(TINY, tmp_path, objective=Regression)  # type: ignore[arg-type]
 
 
 def test_the_curve_has_the_divergence_of_the_steps_that_compute_it(tmp_path):
@@ -623,7 +662,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
 )
 def test_impossible_recipes_are_refused(tmp_path, settings, message):
     with pytest.raises(FewstepError, match=message):
-        train(unchecked(TINY, settings), tmp_path)
+        train(with_values(TINY, settings), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -640,7 +679,7 @@ def test_impossible_recipes_are_refused(tmp_path, settings, message):
 )
 def test_impossible_housekeeping_is_refused(tmp_path, settings, message):
     with pytest.raises(FewstepError, match=message):
-        train(TINY, tmp_path, keeping=unchecked(Keeping(), settings))
+        train(TINY, tmp_path, keeping=with_values(Keeping(), settings))
 
 
 def test_settings_that_would_do_nothing_are_refused(tmp_path):
@@ -709,6 +748,42 @@ def test_a_network_whose_output_has_another_shape_is_named(tmp_path):
 
     with pytest.raises(FieldError, match=r"digits.*\(32, 1, 4, 8\)|\(32, 1, 4, 8\).*"):
         train(TINY, tmp_path, network=Wrong())
+
+
+def test_a_network_that_cannot_be_trained_is_refused(tmp_path):
+    class Plain(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def forward(self, x, t):
+            return self.weight * x
+
+    class Conditional(Plain):
+        def forward(self, x, t, label):
+            return self.weight * x
+
+    with pytest.raises(FewstepError, match=r"so network\(x, t, label\) is called, got Plain.forward\(x, t\); change"):
+        train(TINY, tmp_path, network=Plain())
+    moons = Recipe(data="moons", steps=2, batch=8)
+    with pytest.raises(FewstepError, match=r"no labels, so network\(x, t\) is called, got Conditional.forward\(x, t, label\)"):
+        train(moons, tmp_path, network=Conditional())
+    with pytest.raises(FewstepError, match="Plain has no weights to train"):
+        train(moons, tmp_path, network=Plain().requires_grad_(False))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_is_no_folder_to_train_in(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FewstepError, match=r"out must be a folder, .*file is a file; choose another"):
+        train(TINY, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_everything_public_can_be_imported_at_once():
+    names: dict[str, Any] = {}
+    exec("from fewstep.training import *", names)
+    assert names["train"] is train
 
 
 # --- batches ahead -----------------------------------------------------------------------------------------------------

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from .data import open_source as open_source
     from .loop import train as train
 
+__all__ = ["RECIPES", "Keeping", "Recipe", "open_source", "train"]
+
 _HOME = {"train": "loop", "open_source": "data"}
 
 

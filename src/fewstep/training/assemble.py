@@ -1,5 +1,6 @@
 """From a recipe to the parts of a run: path, network, objective, coupling, time law."""
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -154,6 +155,26 @@ def first_network(parts: Parts, start: str = "") -> nn.Module:
         assert isinstance(first.network, nn.Module)  # of the same kind as ours
         network.load_state_dict(first.network.state_dict())
     return network
+
+
+def check_network(network: nn.Module, data: Source) -> None:
+    """Whether a caller's network can be trained on these data.
+
+    Raises:
+        FewstepError: it cannot be called as it will be, or all its weights are frozen.
+    """
+    labelled, signature = data.classes is not None, inspect.signature(network.forward)
+    try:
+        signature.bind(None, None, **({"label": None} if labelled else {}))
+    except TypeError:
+        said = "labels, so network(x, t, label)" if labelled else "no labels, so network(x, t)"
+        raise FewstepError(
+            f"the data have {said} is called, got {type(network).__name__}.forward{signature}; change one of them"
+        ) from None
+    if not any(p.requires_grad for p in network.parameters()):
+        raise FewstepError(
+            f"{type(network).__name__} has no weights to train (requires_grad is off for all of them); turn it on"
+        )
 
 
 def _identity(model: Model) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
-from .._types import Prediction, State
+from .._types import FewstepError, Prediction, State
 from ..field import Model, ModelField
 from ..keyed import Keyed
 from ..path import AffinePath
@@ -114,6 +114,41 @@ class Piecewise(Objective, Protocol):
     def pieces(self, model: Model, batch: Batch) -> Sequence[Callable[[], Loss]]:
         """Losses of disjoint parts of the batch, each computed when called, together those of ``self(model, batch)``."""
         ...
+
+
+def check_objective(objective: object) -> None:
+    """Whether a caller's objective has what the loop needs.
+
+    Raises:
+        FewstepError: it has not.
+    """
+    if isinstance(objective, type):
+        raise FewstepError(f"objective must be an object, got the class {objective.__name__}; pass {objective.__name__}()")
+    missing = [name for name in ("__call__", "passes", "span") if not hasattr(objective, name)]
+    if missing:
+        raise FewstepError(
+            f"objective must have the methods __call__, passes and span, got a {type(objective).__name__} without "
+            f"{', '.join(missing)}; derive it from fewstep.training.objective.Regression, which has them"
+        )
+
+
+def checked(loss: object, samples: int, *, last: bool) -> Loss:
+    """A loss that an objective returned, for all of `samples` or, before the last piece, some of them.
+
+    Raises:
+        FewstepError: it is no `Loss`, or has not one number for each sample: its mean would be another one.
+    """
+    if not isinstance(loss, Loss):
+        raise FewstepError(f"an objective must return a fewstep.training.batch.Loss, got a {type(loss).__name__}")
+    shapes = {name: tuple(getattr(value, "shape", ())) for name, value in {"each": loss.each, **loss.parts}.items()}
+    count = (shapes["each"] or (0,))[0]
+    for name, shape in shapes.items():
+        if shape != (count,) or (count != samples if last else count > samples):
+            raise FewstepError(
+                f'the objective must give one number for each sample, "{name}" of shape ({samples},), got {shape}; '
+                "average over a sample's elements, not over the batch"
+            )
+    return loss
 
 
 def pieces_of(objective: Objective, model: Model, batch: Batch) -> Sequence[Callable[[], Loss]]:

@@ -35,6 +35,12 @@ class Own:
         return Own(_described(network), "" if data is None else type(data).__name__, _described(objective))
 
 
+def made_of(own: Own, data: Source, source: Source | None) -> dict[str, Any]:
+    """What a checkpoint says of it, in JSON's types."""
+    rest = {} if source is None else {"source": facts(source)}
+    return {"network": own.network, "objective": own.objective, "data": facts(data), **rest}
+
+
 def facts(source: Source) -> dict[str, Any]:
     """What tells data from other data, in JSON's types and for the price of one draw."""
     x, label = source.draw(Keyed(0, 0, 0, LOOKED_AT), LOOKED_AT)
@@ -55,9 +61,11 @@ def other(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, tuple
     found = {name: (theirs.get(name), mine[name]) for name in mine if name != "sums" and theirs.get(name) != mine[name]}
     if found:
         return found
-    scale = max(map(abs, theirs["sums"]), default=0.0)
-    pairs = enumerate(zip(theirs["sums"], mine["sums"], strict=True))
-    return {f"weighted mean of sample {k}": pair for k, pair in pairs if not math.isclose(*pair, abs_tol=1e-3 * scale)}
+    scale = max(map(abs, theirs["sums"]))
+    for k, (then, now) in enumerate(zip(theirs["sums"], mine["sums"], strict=True)):
+        if not math.isclose(then, now, abs_tol=1e-3 * scale):
+            return {f"weighted mean of sample {k}": (f"{then:.4g}", f"{now:.4g}")}  # one such sample says it
+    return {}
 
 
 def _described(thing: object | None) -> str:

@@ -10,7 +10,6 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,17 +19,16 @@ from .._types import FewstepError
 from ..field import Model
 from ..keyed import generator
 from ..zoo import training_record
-from ..zoo.checkpoint import CONFIG, WEIGHTS
-from .assemble import Parts, assemble, first_network, optimizer_for
-from .batch import Ahead, Batch, Objective, pieces_of
+from .assemble import Parts, assemble, check_network, first_network, optimizer_for
+from .batch import Ahead, Batch, Objective, check_objective, checked, pieces_of
 from .data import Source, open_source
 from .finish import finish, write_curve
-from .ingredients import Own, facts
+from .ingredients import Own, made_of
 from .losses import Losses
 from .measure import held_out_loss, write_preview
 from .recipe import Keeping, Recipe, plain
-from .setup import accelerator_for, data_of, same_as_given, shares_of
-from .state import Run, checkpoints, newest
+from .setup import accelerator_for, check_folder, data_of, same_as_given, shares_of
+from .state import Run, newest
 from .watch import interrupted, shown
 
 LOOK = 25
@@ -61,8 +59,8 @@ def train(
             recipe says of its data (hold_out, flip, dequantize, classes) must be true of them.
         network: instead of the recipe's own network: any module called ``network(x, t)``, or ``network(x, t, label)`` for data
             with labels, where label == classes stands for none. Such a model is returned; of it only the weights are saved.
-        objective: instead of the recipe's: anything that takes (model, batch), see `fewstep.training.batch.Objective`. The loss
-            on samples kept aside stays the recipe's regression.
+        objective: instead of the recipe's: anything with the methods of `fewstep.training.batch.Objective`, most simply a
+            subclass of `fewstep.training.objective.Regression`. The loss on samples kept aside stays the recipe's regression.
         resume: continue the unfinished run in `out`.
         keeping: checkpoints, previews, trackers and a limit of time.
         progress: show rate, losses and time left on stderr.
@@ -73,7 +71,8 @@ def train(
 
     Raises:
         FewstepError: a recipe that cannot be, data that cannot be read, more processes than the batch can be shared among, a
-            network whose output has another shape, a loss that is NaN or infinite (the last good checkpoint stays), or `out`
+            network that cannot be called so, has nothing to train or gives another shape, an objective that does not give
+            one number for each sample, a loss that is NaN or infinite (the last good checkpoint stays), or `out`
             holds a run or a model and `resume` is off.
         KeyboardInterrupt: Ctrl-C or a termination signal, after the current step and a checkpoint.
 
@@ -175,12 +174,14 @@ class Session:
 
     def _backward(self, batch: Batch, *, last: bool) -> list[tuple[str, Tensor]]:
         """Add the gradients of a share of the step's batch; its terms of the step's mean losses, by name."""
-        size, found = len(batch.x1) * len(self.shares), []
+        left, found = len(batch.x1), []
+        size = left * len(self.shares)
         pieces = pieces_of(self.parts.objective, self.model, batch)
         for j, piece in enumerate(pieces):
             waiting = self.several and not (last and j == len(pieces) - 1)  # gradients are exchanged with the last piece only
             with self.accelerator.no_sync(self.network) if waiting else nullcontext():
-                loss = piece()
+                loss = checked(piece(), left, last=j == len(pieces) - 1)
+                left -= len(loss.each)
                 mean = loss.each.sum() / size
                 self.accelerator.backward(mean)
             found += [("loss", mean.detach()), *((name, value.sum() / size) for name, value in loss.parts.items())]
@@ -258,10 +259,9 @@ def _begin(
 ) -> Session:  # fmt: skip
     recipe.check()
     keeping.check()
-    if not resume and checkpoints(out):
-        raise FewstepError(f"{out} holds an unfinished run; continue it with --resume, or choose another --out")
-    if not checkpoints(out) and ((out / CONFIG).exists() or (out / WEIGHTS).exists()):
-        raise FewstepError(f"{out} holds a finished model; choose another --out")
+    check_folder(out, resume=resume)
+    if objective is not None:
+        check_objective(objective)
     accelerator = accelerator_for(recipe, keeping, out)
     shares = shares_of(recipe, accelerator.process_index, accelerator.num_processes)
     if network is not None and recipe.start:
@@ -272,16 +272,14 @@ def _begin(
         same_as_given(recipe, data)
     found = data if data is not None else data_of(recipe, skip_unreadable=skip_unreadable)
     parts = assemble(recipe, found, open_source(recipe.source) if recipe.source else None, objective)
+    if network is not None:
+        check_network(network, found)
     made = network if network is not None else first_network(parts, start="" if resume else recipe.start)
     made.to(accelerator.device).train()
     bare = optimizer_for(made, recipe)
     own = Own.of(network, data, objective)
-    made_of: dict[str, Any] = {"network": own.network, "objective": own.objective, "data": facts(found)}
-    if parts.source is not None:
-        made_of["source"] = facts(parts.source)
-    run = Run.begin(
-        plain(recipe), made, bare, recipe.ema, made_of
-    )  # before the wrapping, whose autocast the average must not inherit
+    # Before the wrapping, whose autocast the average must not inherit.
+    run = Run.begin(plain(recipe), made, bare, recipe.ema, made_of(own, found, parts.source))
     wrapped, prepared = accelerator.prepare(made, bare)
     # The wrapping is for gradients that a scaler scales; without one it only looks for absent packages, at every step.
     optimizer = bare if accelerator.scaler is None else prepared

@@ -8,8 +8,24 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from .._types import FewstepError
+from ..zoo.checkpoint import CONFIG, WEIGHTS
 from .data import Source, open_source
 from .recipe import Keeping, Recipe
+from .state import checkpoints
+
+
+def check_folder(out: Path, *, resume: bool) -> None:
+    """Whether a run may begin, or go on, in a folder.
+
+    Raises:
+        FewstepError: it is a file, or holds another run or a model.
+    """
+    if out.exists() and not out.is_dir():
+        raise FewstepError(f"out must be a folder, {out} is a file; choose another --out")
+    if not resume and checkpoints(out):
+        raise FewstepError(f"{out} holds an unfinished run; continue it with --resume, or choose another --out")
+    if not checkpoints(out) and ((out / CONFIG).exists() or (out / WEIGHTS).exists()):
+        raise FewstepError(f"{out} holds a finished model; choose another --out")
 
 
 def accelerator_for(recipe: Recipe, keeping: Keeping, out: Path) -> Accelerator:
