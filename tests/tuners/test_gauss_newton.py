@@ -175,9 +175,7 @@ def test_pieces_of_any_size_add_up_to_the_same_normal_equations(memory, log_loss
     monkeypatch.setattr(gauss_newton, "MEMORY", memory)
     counted = CountedField(field)
     found, right = _normal_equations(write, theta, replace(problem, field=counted), log_loss)
-    assert counted.samples == 10 * (
-        3 + 3 + 2 + 6 + 1 + 8
-    )  # three times, and rows of 2, 3 and 4 weights: the last costs nothing
+    assert counted.samples == 10 * (3 + (3 + 2 + 1) + (2 * 2 + 3 * 1))  # calls; those after each time; after each row's weights
     # the differences are as long as the largest state of the piece asks, hence not to rounding
     assert relative(found, normal) < 2e-3
     assert relative(right, slope) < 2e-3
