@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from .config import as_flags, flag_value, settings_in
+from .training.launch import launch, reporting
 from .training.recipe import NETWORK_OPTIONS, RECIPES, Keeping, Recipe, plain
 
 
@@ -49,8 +50,16 @@ def train(
     if processes < 1:
         raise ValueError(f"processes must be at least 1, got {processes}")
     if processes > 1 and "LOCAL_RANK" not in os.environ:
-        settings.pieces(processes)  # said once here, not by every process and then by torchrun
-        _torchrun(processes)
+        settings.check()  # before the time that processes take to start
+        keeping.check()
+        settings.pieces(processes)
+        launch(processes, sys.argv[1:])
+        return
+    with reporting():
+        _train(settings, out, resume, keeping, skip_unreadable, json)
+
+
+def _train(settings: Recipe, out: Path, resume: bool, keeping: Keeping, skip_unreadable: bool, json: bool) -> None:
     try:
         from .training.loop import train as run
     except ImportError as error:
@@ -102,14 +111,6 @@ def _base(words: Sequence[str]) -> dict[str, Any]:
             )
         return settings
     raise ValueError(f'unknown recipe "{name}"; {_nearest(name)}')
-
-
-def _torchrun(processes: int) -> None:
-    """Start this same command once per process; does not come back."""
-    words = list(sys.argv[1:])
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    run = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m", "fewstep.cli"]
-    os.execv(sys.executable, [sys.executable, *run, *words])
 
 
 def _nearest(name: str) -> str:
