@@ -18,6 +18,33 @@ from .calling import Call, Clock, Condition, LogProbability, checked, cut, expan
 
 
 @dataclass(frozen=True, eq=False)
+class SourcePoints:
+    """What the paths of a model start from, where that is not standard normal noise.
+
+    Attributes:
+        name: as ``fewstep train --source`` took it.
+        points: ``points(seed, first, last)`` -> (last - first, *shape), sample i depending on the seed and i alone; None where
+            only the name is known.
+    """
+
+    name: str
+    points: Callable[[int, int, int], Tensor] | None = None
+
+    def __call__(self, seed: int, first: int, last: int) -> Tensor:
+        """Samples `first` to `last` of a seed.
+
+        Raises:
+            FieldError: only the name is known.
+        """
+        if self.points is None:
+            raise FieldError(
+                f"this model's paths start at samples of {self.name}, not at noise: give it them with "
+                "fewstep.training.with_source(model)"
+            )
+        return self.points(seed, first, last)
+
+
+@dataclass(frozen=True, eq=False)
 class Model:
     """A network with everything that is needed to ask it for velocities; made by `adapt`, used through `given`.
 
@@ -34,6 +61,7 @@ class Model:
         classes: number of classes, if the network is class-conditional.
         max_batch: larger batches are split.
         name: what reports call it.
+        source: what its paths start from; None: standard normal noise.
     """
 
     network: Callable[..., Any]
@@ -49,6 +77,7 @@ class Model:
     classes: int | None
     max_batch: int | None
     name: str
+    source: SourcePoints | None = None
 
     def given(
         self,

@@ -128,7 +128,7 @@ def evaluate(
     conditions = parse_conditions(which.condition, which.guidance) or [{}]
     shape = (noise * len(conditions), *_shape(loaded))
     device = loaded.device_dtype()[0]
-    fitting, test = (draw(shape, seed, k).to(device) for k in (0, 2))
+    fitting, test = (draw(shape, seed, k, loaded.source).to(device) for k in (0, 2))
     field = _field(loaded, conditions, _labels(loaded, noise), noise)
     found = {}
     for name in samplers:
@@ -203,7 +203,7 @@ def _shape(model: "Model") -> tuple[int, ...]:
 def _noise(model: "Model", num: int, seed: int) -> "Tensor":
     from .noise import draw
 
-    return draw((num, *_shape(model)), seed, 4).to(model.device_dtype()[0])
+    return draw((num, *_shape(model)), seed, 4, model.source).to(model.device_dtype()[0])
 
 
 def _labels(model: "Model", num: int) -> "Tensor | None":

@@ -100,7 +100,7 @@ def _pictures(model: "Model", result: "TuneResult", seed: int) -> tuple[dict[str
     assert model.shape is not None
     count = 20
     field = model.given(torch.arange(count) % model.classes if model.classes else None)
-    noise = draw((count, *model.shape), seed, 3).to(model.device_dtype()[0])
+    noise = draw((count, *model.shape), seed, 3, model.source).to(model.device_dtype()[0])
     pictures = {name: sampler(field, noise) for name, sampler in result.by_name(rivals=True).items()}
     return pictures, reference(field, noise, tol=1e-3).end
 
@@ -112,6 +112,10 @@ def load_model(name: str) -> "Model":
     from .zoo import ResidualMLP, load
 
     model = load(name)
+    if model.source is not None:
+        from .training.source import with_source
+
+        model = with_source(model)
     if isinstance(model.network, ResidualMLP) and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     return model

@@ -96,7 +96,7 @@ def _ground(
         model = source.model if isinstance(source, ModelField | JointField) else None
     else:
         model = source
-    count = len(conditions) if conditions else 1
+    count, points = len(conditions) if conditions else 1, None if model is None else model.source
     if isinstance(noise, Tensor):
         fitting = noise
         if fitting.shape[0] % count:
@@ -104,13 +104,13 @@ def _ground(
     else:
         shape = tuple(noise) if isinstance(noise, Sequence) else _shape(model, noise, count, effort)
         device = model.device_dtype()[0] if model is not None else torch.device("cpu")
-        fitting = draw(shape, seed, 0).to(device)
+        fitting = draw(shape, seed, 0, points).to(device)
     if not isinstance(source, Model):
-        return Ground(source, fitting, source, draw(fitting.shape, seed, 2).to(fitting))
+        return Ground(source, fitting, source, draw(fitting.shape, seed, 2, points).to(fitting), points)
     each = fitting.shape[0] // count
     more = max(each, -(-enough(TEST, fitting[0].numel()) // count))
-    test = draw((more * count, *fitting.shape[1:]), seed, 2).to(fitting)
-    return Ground(_joint(source, conditions, each), fitting, _joint(source, conditions, more), test)
+    test = draw((more * count, *fitting.shape[1:]), seed, 2, points).to(fitting)
+    return Ground(_joint(source, conditions, each), fitting, _joint(source, conditions, more), test, points)
 
 
 def _check_enough(fitting: Tensor, effort: Effort, nfe: int) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from ._affine import AffinePath
-from ._model import Model
+from ._model import Model, SourcePoints
 from ._model import ModelField as ModelField
 from ._types import RAW_PREDICTS, Prediction, Raw
 from .calling import Call, Clock, call_network
@@ -26,6 +26,7 @@ def adapt(
     classes: int | None = None,
     max_batch: int | None = None,
     name: str | None = None,
+    source: SourcePoints | None = None,
 ) -> Model:
     """Wrap any network, once.
 
@@ -46,6 +47,7 @@ def adapt(
         classes: number of classes; labels are then checked.
         max_batch: evaluate larger batches in pieces of this size.
         name: what reports call the model; default: the class or function name.
+        source: what the paths start from, if not standard normal noise; see `fewstep.training.with_source`.
 
     Raises:
         ValueError: `raw` or `predicts` is unknown, or they contradict each other.
@@ -68,6 +70,7 @@ def adapt(
     return Model(
         network, path, predicts, known, call or call_network, clock, raw, sigma_data,
         label_key, null_label, classes, max_batch, name or getattr(network, "__name__", type(network).__name__),
+        source,
     )  # fmt: skip
 
 

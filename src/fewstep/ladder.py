@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from ._model import SourcePoints
 from ._types import Field
 from .candidates import Candidate, candidates, grids, home
 from .composite import CountedField, path_of
@@ -58,12 +59,13 @@ COARSE = 4e-3
 
 @dataclass(frozen=True, eq=False)
 class Ground:
-    """What `tune` works on: the field with the fitting noise, and with the test noise (which may be more)."""
+    """What `tune` works on: the field with the fitting noise, and with the test noise (which may be more), and its source."""
 
     field: Field
     fitting: Tensor
     test_field: Field
     test: Tensor
+    source: SourcePoints | None = None
 
 
 class Climb:
@@ -88,7 +90,7 @@ class Climb:
         self.pools: dict[int, list[Candidate]] = {}
         self.solves: dict[str, Solve] = {}
         self.finest = FINEST_DOUBLE if ground.test.dtype == torch.float64 else FINEST
-        self.noises = {"fit": ground.fitting, "select": draw(ground.fitting.shape, seed, 1).to(ground.fitting)}
+        self.noises = {"fit": ground.fitting, "select": draw(ground.fitting.shape, seed, 1, ground.source).to(ground.fitting)}
 
     def run(self, budgets: Sequence[int]) -> TuneResult:
         """Solve, search, fit, learn, choose, measure."""

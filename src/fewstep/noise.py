@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ._model import SourcePoints
+
 NOISES = {"search": (16, 1024), "fit": (16, 1024), "learn": (32, 2048)}
 """Fitting noises: at least so many, and at least so many numbers in all. Selection takes as many."""
 
@@ -38,6 +40,11 @@ def needed(numbers: float, size: int) -> int:
     return max(FEWEST, math.ceil(PER_NUMBER * numbers / max(size, 1)))
 
 
-def draw(shape: Sequence[int], seed: int, which: int) -> Tensor:
-    """Standard normal noise; `which` tells fitting (0), selection (1) and test (2) noise apart, and further sets."""
+def draw(shape: Sequence[int], seed: int, which: int, source: SourcePoints | None = None) -> Tensor:
+    """Standard normal noise, or what a model's paths start from.
+
+    `which` tells fitting (0), selection (1) and test (2) noise apart, and further sets.
+    """
+    if source is not None:
+        return source(seed * 1009 + which, 0, shape[0])
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1009 + which))

@@ -55,6 +55,11 @@ class Flow:
         """The path and the end that the field knows, where none is given."""
         field = field.given() if isinstance(field, Model) else field
         home = path or path_of(field)
+        points = getattr(getattr(field, "model", None), "source", None)
+        if points is not None and source is None:
+            raise FieldError(
+                f"this model's paths start at samples of {points.name}, not at noise: give source=, their log-density"
+            )
         if end is None:
             end = _last(field, home)
         if not 0.0 < end <= 1.0:

@@ -168,7 +168,7 @@ class Draw:
         device = self.model.device_dtype()[0]
         for start in range(which.start, which.stop, self.batch):
             part = range(start, min(start + self.batch, which.stop))
-            noise = Keyed(self.seed, 0, part.start, part.stop).normal("noise", *self.shape).to(device)
+            noise = self._noise(part).to(device)
             sample = self.sampler(self.field(part), noise)
             bad = (~torch.isfinite(sample)).flatten(1).any(1)
             if bool(bad.any()):
@@ -177,6 +177,11 @@ class Draw:
                     f"{name} gave NaN or infinity in sample {first} of seed {self.seed}, {int(bad.sum())} in all"
                 )
             yield sample
+
+    def _noise(self, part: range) -> Tensor:
+        if self.model.source is not None:
+            return self.model.source(self.seed, part.start, part.stop)
+        return Keyed(self.seed, 0, part.start, part.stop).normal("noise", *self.shape)
 
     def features(self, extract: Extractor, which: range) -> Features:
         """Features of some samples."""

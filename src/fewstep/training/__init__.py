@@ -14,10 +14,11 @@ from .recipe import Recipe as Recipe
 if TYPE_CHECKING:
     from .data import open_source as open_source
     from .loop import train as train
+    from .source import with_source as with_source
 
-__all__ = ["RECIPES", "Keeping", "Recipe", "open_source", "train"]
+__all__ = ["RECIPES", "Keeping", "Recipe", "open_source", "train", "with_source"]
 
-_HOME = {"train": "loop", "open_source": "data"}
+_HOME = {"train": "loop", "open_source": "data", "with_source": "source"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._model import SourcePoints
 from .._types import FewstepError
 from ..artifact import path_from_repr
 from ..field import Model, adapt
@@ -23,6 +24,7 @@ from .coupling import COUPLINGS, Coupling
 from .data import Source
 from .objective import FlowAndDivergence, Regression
 from .recipe import Recipe, changed
+from .source import APART, with_source
 from .timelaw import LAWS, TimeLaw, draw_times
 
 
@@ -93,7 +95,7 @@ class Parts:
     def _start(self, keyed: Keyed) -> Tensor:
         if self.source is None:
             return keyed.normal("noise", *self.data.shape)
-        other = Keyed(keyed.seed ^ 0x5EED, keyed.step, keyed.start, keyed.stop)  # not the same order as the data's
+        other = Keyed(keyed.seed ^ APART, keyed.step, keyed.start, keyed.stop)  # not the same order as the data's
         return self.source.draw(other, self.recipe.batch)[0]
 
 
@@ -113,10 +115,12 @@ def assemble(recipe: Recipe, data: Source, source: Source | None = None, objecti
         raise FewstepError("there are no data to train on")
 
     def model(network: nn.Module) -> Model:
-        return adapt(
+        bare = adapt(
             network, path=path, predicts=recipe.predicts, shape=data.shape, raw=recipe.raw, sigma_data=recipe.sigma_data,
             classes=data.classes, null_label=data.classes, name=(Path(recipe.data).stem or "model")[:200],
+            source=SourcePoints(recipe.source) if recipe.source else None,
         )  # fmt: skip
+        return bare if source is None else with_source(bare, source)
 
     base = Regression(target=recipe.target or None, weight=recipe.weight, huber=recipe.huber)
     if objective is None:

@@ -46,16 +46,15 @@ def finish(run: Run, parts: Parts, model: Model, out: Path, stored: Precision, o
     """
     write_curve(run.curve, out)
     record, whole = training_record(run, parts, own), not own.network
-    drawn = whole and parts.source is None
     if whole:
         save_model(model, out, stored=stored, data_range=parts.data.data_range, training=record)
     else:
         tensors = {k: v.detach().cpu().clone().to(getattr(torch, stored)) for k, v in run.ema.state_dict().items()}
         atomic_write(out / WEIGHTS, save_tensors(tensors))
-    if drawn:
+    if whole:
         atomic_write(out / "samples.png", picture(draw(model, run.recipe["seed"])))
     atomic_write(out / "curve.png", _curve_picture(run.curve))
-    atomic_write(out / "README.md", card(model, record, run, (out / WEIGHTS).stat().st_size, own, drawn=drawn))
+    atomic_write(out / "README.md", card(model, record, run, (out / WEIGHTS).stat().st_size, own, drawn=whole))
     for file in checkpoints(out):
         file.unlink()
 

@@ -53,7 +53,11 @@ def draw(model: Model, seed: int, count: int = DRAWN) -> Tensor:
     """Samples of a model, classes in turn, by `CALLS` calls on even steps."""
     assert model.shape is not None
     device = model.device_dtype()[0]
-    noise = torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    if model.source is None:
+        noise = torch.randn(count, *model.shape, generator=torch.Generator().manual_seed(seed))
+    else:
+        noise = model.source(seed, 0, count)
+    noise = noise.to(device)
     label = None if model.classes is None else torch.arange(count, device=device) % model.classes
     field = model.given(label)
     inner = Coordinates.of(field).time(torch.linspace(0, 1, CALLS + 1, dtype=torch.float64)[1:-1])

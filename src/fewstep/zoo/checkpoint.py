@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from .._disk import disk_errors, refusal, short, staged
+from .._model import SourcePoints
 from .._schema import Strict, first_complaint, read_versioned
 from .._types import FewstepError, Prediction, Raw
 from ..artifact import path_from_repr
@@ -95,6 +96,7 @@ class ModelConfig(Strict):
     data_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None
     weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     training: TrainingRecord | None
+    source: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
 
 
 def save_model(
@@ -145,9 +147,11 @@ def save_model(
         "data_range": None if data_range is None else [float(v) for v in data_range],
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "training": training,
+        "source": None if model.source is None else model.source.name,
     }
     try:
-        config = ModelConfig.model_validate(content).model_dump_json(indent=2) + "\n"
+        unsaid = {"source"} if model.source is None else set()
+        config = ModelConfig.model_validate(content).model_dump_json(indent=2, exclude=unsaid) + "\n"
     except ValidationError as error:
         raise refusal(f"cannot save {model.name}: {first_complaint(error)}; correct it and save again") from error
     with disk_errors(folder), ExitStack() as stack:
@@ -192,6 +196,7 @@ def read_model(directory: str | Path) -> Model:
         null_label=config.null_label,
         classes=config.classes,
         name=config.name,
+        source=None if config.source is None else SourcePoints(config.source),
     )
 
 
