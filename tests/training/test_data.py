@@ -15,6 +15,7 @@ from sklearn.datasets import load_digits as sklearn_digits
 from fewstep._errors import FewstepError
 from fewstep.keyed import BLOCK, Keyed
 from fewstep.training.data import TOYS, EndlessSource, FiniteSource, Source, open_source
+from fewstep.training.data.checks import spread
 from fewstep.training.data.source import epoch_rows
 
 RNG = np.random.default_rng(0)
@@ -358,13 +359,21 @@ def test_parquet(tmp_path):
     assert open_source(parquet(tmp_path / "c.parquet", {"img": cells(), "label": LABELS}, meta)).classes == 4
 
 
+def test_a_limit_meets_every_class_of_sorted_and_of_periodic_labels():
+    rows = spread(1000, 100, "")
+    assert ((rows >= np.arange(0, 1000, 10)) & (rows < np.arange(10, 1010, 10))).all()
+    assert len(set((rows % 10).tolist())) == 10  # a fixed stride would meet one class of labels that go round
+    assert rows.tolist() == spread(1000, 100, "").tolist()
+
+
 def test_of_several_parquet_files_the_train_split_is_taken(tmp_path):
     for name, part in (("train-0", slice(0, 4)), ("train-1", slice(4, 10)), ("test-0", slice(0, 3))):
         parquet(tmp_path / f"{name}.parquet", {"img": cells(PIXELS[part]), "label": LABELS[part]})
     source = open_source(tmp_path, limit=5)
     assert source.description.startswith(f"images in {tmp_path.name} (its 2 train files of 3): 5 of shape 3x6x5")
-    assert source.data.tolist() == PIXELS[::2].tolist()
-    assert source.labels.tolist() == LABELS[::2].tolist()
+    rows = spread(10, 5, "")
+    assert source.data.tolist() == PIXELS[rows].tolist()
+    assert source.labels.tolist() == LABELS[rows].tolist()
     assert_holds(open_source(tmp_path))
     assert_holds(open_source(str(tmp_path / "train-*.parquet")))
     assert open_source(str(tmp_path / "*.parquet")).size == 13
@@ -381,8 +390,9 @@ def test_arrays(tmp_path):
     paths = RNG.standard_normal((7, 60, 3))
     np.savez(tmp_path / "paths.npz", data=paths, y=np.arange(7.0))
     source = open_source(tmp_path / "paths.npz", limit=3)
-    assert source.data.tolist() == paths[[0, 2, 4]].astype(np.float32).tolist()
-    assert source.labels.tolist() == [0, 2, 4]
+    rows = spread(7, 3, "")
+    assert source.data.tolist() == paths[rows].astype(np.float32).tolist()
+    assert source.labels.tolist() == rows.tolist()
     assert (source.classes, source.data_range) == (7, None)
 
 

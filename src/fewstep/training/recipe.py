@@ -29,7 +29,7 @@ class Recipe:
     source: str = ""
     """Where paths start: data like the above; default: standard normal noise."""
     hold_out: int = 0
-    """Keep every k-th sample aside to measure the loss on; 0: none."""
+    """Keep one of every k samples aside to measure the loss on; 0: none."""
     flip: Annotated[bool, Parameter(negative="--no-flip")] = False
     """Mirror half of the images."""
     size: int | None = None

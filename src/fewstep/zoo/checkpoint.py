@@ -18,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from .._disk import disk_errors, refusal, short, staged
+from .._errors import ArtifactError
 from .._model import SourcePoints
 from .._schema import Strict, first_complaint, read_versioned
 from .._types import FewstepError, Prediction, Raw
@@ -171,7 +172,10 @@ def read_model(directory: str | Path) -> Model:
     """
     folder = Path(directory)
     config = read_config(folder)
-    path = path_from_repr(config.path)
+    try:
+        path = path_from_repr(config.path)
+    except ArtifactError as error:
+        raise refusal(f"{folder / CONFIG}: {error}") from error
     if path is None:
         raise refusal(
             f"{folder / CONFIG}: path must be CondOT(), Cosine(), VP(...), VE(...) or EDM(...), got {short(config.path)}"

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..._disk import one_line, short
 from ..._errors import FewstepError
+from ...keyed import generator
 
 LABEL = "label"
 
@@ -107,20 +108,25 @@ def check_finite(values: np.ndarray, where: str) -> None:
 
 
 def spread(count: int, limit: int | None, where: str) -> np.ndarray:
-    """Numbers of the samples to use: all, or `limit` of them evenly spaced, so that every class of sorted data is met.
+    """Numbers of the samples to use: all, or one of each of `limit` equal parts, drawn at random but the same in every run.
+
+    So every class is met of data that are sorted, and of data whose labels go round.
 
     Raises:
         FewstepError: there are fewer than `limit`.
 
     Example:
-        >>> spread(10, 4, "data").tolist()
-        [0, 2, 5, 7]
+        >>> rows = spread(10, 4, "data")
+        >>> [low <= row < high for row, (low, high) in zip(rows, [(0, 2), (2, 5), (5, 7), (7, 10)])]
+        [True, True, True, True]
     """
     if limit is None:
         return np.arange(count)
     if not 1 <= limit <= count:
         raise refuse(f"{where} holds {count} samples, but limit={limit} was asked for; ask for 1 to {count}")
-    return np.arange(limit) * count // limit
+    edges = np.arange(limit + 1) * count // limit
+    places = torch.rand(limit, generator=generator(0, "limit"), dtype=torch.float64).numpy()
+    return edges[:-1] + (places * np.diff(edges)).astype(int)
 
 
 def _first_bad(bad: np.ndarray, values: np.ndarray, where: str, why: str) -> None:

@@ -24,7 +24,7 @@ class Reading:
     """How images are read.
 
     Attributes:
-        limit: how many, evenly spaced; None for all.
+        limit: how many, one of each of as many equal parts; None for all.
         size: height and width to scale and crop to; None keeps them, and they must all be alike.
         skip_unreadable: leave out what cannot be read instead of stopping.
         progress: called after every image.

@@ -47,7 +47,7 @@ def open_source(
         hold_out: keep one sample in so many aside, see `FiniteSource`; 0 for none; None: none, but every sixth of the digits.
         flip: mirror half of the images left to right.
         dequantize: uniform noise inside each of the 256 levels, see `FiniteSource`.
-        limit: use only so many samples, evenly spaced.
+        limit: use only so many samples, one of each of as many equal parts.
         skip_unreadable: leave out images that cannot be read; the description says how many.
         size: scale images to cover this side, or (height, width), and crop the middle.
         classes: number of classes, if it is not the highest label plus one; refused where there are no labels.
