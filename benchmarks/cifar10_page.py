@@ -26,8 +26,8 @@ TITLES = {
 EFFORTS = ("fit", "learn")
 NOTES = {
     "pfdiff": (
-        "On steps uniform in t, which on EDM's path is far from the grids in use. (k, l) of each family is the best by RMSE on "
-        "these test noises.",
+        "(k, l) and grid (uniform in t, log-SNR or EDM's) of each row are the best by RMSE on other noise, that which the "
+        "solvers above learn from.",
     ),
     "guidance": ("32 noises for each value, for one table as for three.",),
 }
@@ -84,11 +84,15 @@ def errors(cells: Cells, model: str) -> str:
             else:
                 line += ["-", "-", "-"]
         lines.append(line)
-    head = ["NFE", "best stock, as shipped", "best stock, any grid", "best Euler or Heun on uniform, log-SNR"]
+    head = ["NFE", "best stock, as shipped", "best stock, any grid", "best Euler, DDIM or Heun on uniform, log-SNR, EDM grids"]
     head += ["the same on BOSS's grid", "`--effort fit`", "ratio", "of medians", "`--effort learn`", "ratio", "of medians"]
     solved = [v for k, v in cells.get(f"{model}/dopri5", {}).items() if k.startswith("dopri5")]
     adaptive = ", ".join(f"{v['rmse']:.4f} at {v['nfe']} calls" for v in solved)
     note = "Ratios are to the best stock scheduler at this NFE." + (f" dopri5: {adaptive}." if solved else "")
+    tuned = [v for effort in EFFORTS for v in cells.get(f"{model}/{effort}", {}).values() if isinstance(v, dict)]
+    lowest = min(v["rmse"]["value"] for v in tuned)
+    exact = cells[f"{model}/stock/{budgets(cells, model, 'stock')[0]}"]["reference error"]
+    note += f" The solution they are measured against errs by {exact:.2g}, the lowest error here is {lowest / exact:.3g} times that."
     return f"{markdown(head, lines)}\n\n{note}\n"
 
 
@@ -121,20 +125,47 @@ def distances(cells: Cells, model: str) -> str:
 
 
 def learned(cells: Cells, model: str) -> str:
-    """The learned solvers one by one."""
-    lines = []
-    for n in budgets(cells, model, "learned"):
-        for name, row in cells[f"{model}/learned/{n}"].items():
-            if isinstance(row, dict):
-                spent = [f"{row[k]:,}" if k in row else "-" for k in ("parameters", "network passes")]
-                lines.append([str(n), name, number(row["rmse"]), f"{row['median']['value']:.4f}", *spent])
-    row = cells[f"{model}/learned/{budgets(cells, model, 'learned')[0]}"]
+    """The learned solvers one by one: errors, distances of their images, and what they cost."""
+    lines, steps = [], budgets(cells, model, "learned")
+    for n in steps:
+        held = cells[f"{model}/learned/{n}"]
+        images = cells.get(f"{model}/learned-images/{n}", {})
+        for name, row in held.items():
+            if not isinstance(row, dict):
+                continue
+            found = {k.split(" (")[0]: v for k, v in images.get(name, {}).items() if isinstance(v, dict)}
+            shown = [number(found[k], 3) if k in found else "-" for k in ("FD", "FD - best stock")]
+            spent = ["-"] * 4
+            if "network passes" in row:
+                passes = row["network passes"]
+                spent = [
+                    str(row["parameters"]),
+                    f"{passes:,}",
+                    f"{passes / held['training passes']:.2%}",
+                    f"{row['seconds']:.0f}",
+                ]
+            lines.append([str(n), name, number(row["rmse"]), f"{row['median']['value']:.4f}", *shown, *spent])
+    row = cells[f"{model}/learned/{steps[0]}"]
     identity = '; "identity start" as the paper does' if "Bespoke RK2, identity start" in row else ""
     note = (
-        f"Each from {row['noises']} noises, of which a quarter chooses among the iterates; errors on {row['tested']:,} noises. "
-        f"Bespoke starts from the best of five widths of the path's noise{identity}.\n\n"
+        f"Each from {row['noises']} noises, of which a quarter chooses among the iterates; errors on {row['tested']:,} noises, "
+        f"measured against solutions that err by {row['reference error']:.2g}. "
+        f"Bespoke starts from the best of five widths of the path's noise{identity}. Seconds are of one thread on a machine "
+        "that was busy with other work. The passes include each solver's own reference solution.\n\n"
     )
-    return note + markdown(("NFE", "solver", "RMSE", "median", "numbers", "network passes"), lines) + "\n"
+    head = (
+        "NFE",
+        "solver",
+        "RMSE",
+        "median",
+        "FD",
+        "FD - best stock",
+        "numbers",
+        "network passes",
+        "of the training",
+        "seconds",
+    )
+    return note + markdown(head, lines) + "\n"
 
 
 def pfdiff(cells: Cells, model: str) -> str:
@@ -142,12 +173,12 @@ def pfdiff(cells: Cells, model: str) -> str:
     lines = []
     for key in (k for k in cells if k.startswith(f"{model}/pfdiff/")):
         row = cells[key]
-        for name in row["best"].values():
+        for family, name in row["best"].items():
             images = {k.split(" (")[0]: v for k, v in row["images"][name].items() if isinstance(v, dict)}
             shown = [number(images[k], 3) if k in images else "-" for k in ("FD", "spatial FD", "precision", "recall")]
             shown.append(f"{row['seconds per 1,000 samples'][name]:.3f}")
-            lines.append([key.split("/")[2], key.rpartition(" ")[2], name, number(row["errors"][name]["rmse"]), *shown])
-    head = ("NFE", "guidance", "sampler", "RMSE", "FD", "spatial FD", "precision", "recall", "s per 1,000 samples")
+            lines.append([key.split("/")[2], key.rpartition(" ")[2], family, name, number(row["errors"][name]["rmse"]), *shown])
+    head = ("NFE", "guidance", "family", "chosen", "RMSE", "FD", "spatial FD", "precision", "recall", "s per 1,000 samples")
     return markdown(head, lines) + "\n"
 
 
