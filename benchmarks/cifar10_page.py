@@ -92,7 +92,7 @@ def errors(cells: Cells, model: str) -> str:
     tuned = [v for effort in EFFORTS for v in cells.get(f"{model}/{effort}", {}).values() if isinstance(v, dict)]
     lowest = min(v["rmse"]["value"] for v in tuned)
     exact = cells[f"{model}/stock/{budgets(cells, model, 'stock')[0]}"]["reference error"]
-    note += f" The solution they are measured against errs by {exact:.2g}, the lowest error here is {lowest / exact:.3g} times that."
+    note += f" Their reference solution errs by {exact:.2g}; the lowest error here is {lowest / exact:.3g} times that."
     return f"{markdown(head, lines)}\n\n{note}\n"
 
 
