@@ -77,10 +77,13 @@ def search_grid(
         return value
 
     if n > 1:
-        cost(lengths)
         options = {"maxfev": evaluations, "xtol": 2e-2, "ftol": 1e-2}
         minimize(
-            lambda p: cost(lengths + p @ bends), np.zeros(WARPS), method="Powell", bounds=[(-1.5, 1.5)] * WARPS, options=options
+            lambda p: cost(lengths + p @ bends if p.any() else lengths),  # Powell's first is the start itself
+            np.zeros(WARPS),
+            method="Powell",
+            bounds=[(-1.5, 1.5)] * WARPS,
+            options=options,
         )
     return start if best[1] is lengths else _grid(coordinates, best[1])
 
