@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import __version__
 from ._types import BudgetError, Field, FieldError
-from .composite import JointField
+from .composite import JointField, source_of
 from .field import Model, ModelField
 from .journal import Journal, identity
 from .ladder import Climb, Effort, Ground
@@ -96,7 +96,7 @@ def _ground(
         model = source.model if isinstance(source, ModelField | JointField) else None
     else:
         model = source
-    count, points = len(conditions) if conditions else 1, None if model is None else model.source
+    count, points = len(conditions) if conditions else 1, source_of(source)
     if isinstance(noise, Tensor):
         fitting = noise
         if fitting.shape[0] % count:

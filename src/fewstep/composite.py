@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._model import SourcePoints
 from ._types import Field, FieldError, Prediction, State, Time
 from .field import Model, ModelField
 from .path import AffinePath
@@ -112,6 +113,14 @@ def path_of(f: Any) -> AffinePath | None:
     if isinstance(f, CountedField):
         return path_of(f.field)
     return getattr(f, "path", None)
+
+
+def source_of(f: Any) -> SourcePoints | None:
+    """What the paths of the model behind a field start from; None: noise, or a bare function."""
+    if isinstance(f, CountedField):
+        return source_of(f.field)
+    model = f if isinstance(f, Model) else getattr(f, "model", None)
+    return model.source if isinstance(model, Model) else None
 
 
 def span_of(f: Any) -> tuple[float, float]:

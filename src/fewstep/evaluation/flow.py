@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._types import Field, FieldError
-from ..composite import CountedField, JointField, path_of
+from ..composite import CountedField, JointField, path_of, source_of
 from ..field import Model
 from ..path import AffinePath
 from ..problem import taken
@@ -55,8 +55,7 @@ class Flow:
         """The path and the end that the field knows, where none is given."""
         field = field.given() if isinstance(field, Model) else field
         home = path or path_of(field)
-        points = getattr(getattr(field, "model", None), "source", None)
-        if points is not None and source is None:
+        if (points := source_of(field)) is not None and source is None:
             raise FieldError(
                 f"this model's paths start at samples of {points.name}, not at noise: give source=, their log-density"
             )

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, get_args
 from torch import Tensor
 
 from .._types import Field, FieldError, PathField, State, Time
-from ..composite import CountedField
+from ..composite import CountedField, source_of
 from ..field import Model
 from ..path import AffinePath
 from ..sampler import Sampler
@@ -174,8 +174,13 @@ def score(field: Field | Model, x: State, t: Time, *, path: AffinePath | None = 
         path: of a bare function.
 
     Raises:
-        FieldError: a bare function without `path`, or sigma is zero at `t`, where the score is infinite.
+        FieldError: a bare function without `path`, a model whose paths do not start at noise, or sigma is zero at `t`, where
+            the score is infinite.
     """
+    if (points := source_of(field)) is not None:
+        raise FieldError(
+            f"a velocity tells the score where paths start at noise, this model's start at samples of {points.name}"
+        )
     flow = Flow.of(field, path, None, None)
     ask, home = flow.field, flow.path
     if home is None:
