@@ -56,7 +56,7 @@ def test_a_loaded_model_knows_the_source_by_name_and_says_how_to_get_it(folder):
         tune(model, nfe=2)
     with pytest.raises(FewstepError, match="samples of 8gaussians, not at noise: give source=, their log-density"):
         log_density(model, randn(4, 2))
-    with pytest.raises(FewstepError, match="tells the score where paths start at noise, this model's start at samples of 8gaussians"):
+    with pytest.raises(FewstepError, match="score where paths start at noise, this model's start at samples of 8gaussians"):
         score(model, randn(4, 2), 0.5)
     assert log_density(model, randn(4, 2), source=lambda x: -x.square().sum(1), tol=1e-2).value.shape == (4,)
 
