@@ -441,6 +441,7 @@ def main(
         replace(config, data=Path(config.data).name),
         cells,
         lambda rows: f"{len(rows)} cells; python benchmarks/cifar10_page.py writes docs/benchmarks.md\n",
+        free=("seeds", "count", "learn"),  # what cells say themselves
     )
 
 

@@ -31,12 +31,18 @@ NOTES = {
     ),
     "guidance": ("32 noises for each value, for one table as for three.",),
 }
-SETTINGS = "{noises} test noises; {fitted}; {count} images per sampler and seed, {seeds} seeds."
+SETTINGS = "{noises} test noises; {fitted}."
 
 
 def number(estimate: Mapping[str, float], digits: int = 4) -> str:
     """A value with its interval."""
     return f"{estimate['value']:.{digits}g} [{estimate['low']:.{digits}g}, {estimate['high']:.{digits}g}]"
+
+
+def drawn(row: Mapping[str, Any]) -> str:
+    """How many images the distances of a cell are of, as its metrics say."""
+    labels = [key for values in row.values() if isinstance(values, dict) for key in values if key.startswith("FD (")]
+    return labels[0].rpartition(", ")[2].rstrip(")")
 
 
 def fitted(count: int) -> str:
@@ -120,8 +126,8 @@ def distances(cells: Cells, model: str) -> str:
                 continue
             metrics = {k.split(" (")[0]: v for k, v in values.items() if isinstance(v, dict)}
             shown = [number(metrics[k], 3) if k in metrics else "-" for k in columns]
-            lines.append(["-" if name == "real data" else str(n), name, *shown])
-    return markdown(("NFE", "sampler", *columns), lines) + "\n"
+            lines.append(["-" if name == "real data" else str(n), drawn(row), name, *shown])
+    return markdown(("NFE", "images", "sampler", *columns), lines) + "\n\nImages are per sampler and seed, of three seeds.\n"
 
 
 def learned(cells: Cells, model: str) -> str:

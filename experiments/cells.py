@@ -31,15 +31,24 @@ Cell = Callable[[Rows], Row]
 """One entry of a results file, computed from those before it."""
 
 
-def fill(file: Path, config: Any, cells: Mapping[str, Cell], table: Callable[[Rows], str]) -> Rows:
+def fill(
+    file: Path, config: Any, cells: Mapping[str, Cell], table: Callable[[Rows], str], free: Sequence[str] = ("seeds",)
+) -> Rows:
     """Run the cells that `file` lacks, in order, and write it and the table beside it after each.
 
+    Args:
+        file: of results.
+        config: a dataclass, kept there.
+        cells: what to run, by name.
+        table: writes the table.
+        free: settings that may differ from those of the cells that are there, such as more seeds.
+
     Raises:
-        SystemExit: `file` holds results of other settings; more seeds are no other settings.
+        SystemExit: `file` holds results of other settings.
     """
     plain = json.loads(json.dumps(asdict(config)))
     held = json.loads(file.read_text()) if file.exists() else {"config": plain, "cells": {}}
-    differing = {name: pair for name, pair in changed(held["config"], plain).items() if name != "seeds"}
+    differing = {name: pair for name, pair in changed(held["config"], plain).items() if name not in free}
     if differing:
         raise SystemExit(f"{file} holds results of other settings ({differing}); move it away, or give another --out")
     rows: Rows = held["cells"]
