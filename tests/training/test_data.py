@@ -158,7 +158,7 @@ def test_dequantized_levels_fill_their_bins():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"hold_out": 1}, r"expected 0 \(none\) or 2 and more, got 1"),
+        ({"hold_out": 1}, r"one of each so many samples aside: expected 0 \(none\) or 2 and more, got 1"),
         ({"hold_out": -2}, "got -2"),
         ({"hold_out": 9}, "hold_out=9 keeps nothing aside of 8 samples; choose a smaller number, or 0"),
         ({"flip": True}, r"flip mirrors images \(channels, height, width\), the samples have shape \(2,\)"),
@@ -350,6 +350,14 @@ def test_photographs_are_turned_as_the_camera_was(tmp_path):
     assert open_source(file).data.tolist() == PIXELS[:1].tolist()
 
 
+def test_an_image_with_damaged_exif_is_read(tmp_path):
+    stream = io.BytesIO()
+    damaged = b"Exif\x00\x00II*\x00\x08\x00\x00\x00\x02\x00\x12\x01"  # it ends inside the first of its two entries
+    Image.fromarray(PIXELS[0].transpose(1, 2, 0)).save(stream, "png", exif=damaged)
+    (tmp_path / "0.png").write_bytes(stream.getvalue())
+    assert open_source(tmp_path).data.tolist() == PIXELS[:1].tolist()
+
+
 def test_parquet(tmp_path):
     file = parquet(tmp_path / "pets.parquet", {"img": cells(), "label": LABELS})
     assert_holds(open_source(file))
@@ -409,6 +417,10 @@ def test_arrays(tmp_path):
         (np.float32, (5, 2, 6, 3), (0, 1, 2, 3), None),
         (np.float32, (5, 6, 7, 2), (0, 1, 2, 3), None),
         (np.float32, (5, 6, 3), (0, 1, 2), None),
+        (np.float32, (5, 16, 4, 4), (0, 1, 2, 3), None),  # features whose channels come first
+        (np.float32, (5, 64, 3, 3), (0, 1, 2, 3), None),
+        (np.float32, (5, 512, 1, 1), (0, 1, 2, 3), None),
+        (np.float32, (5, 5, 5, 1), (0, 3, 1, 2), "(channels moved to the front)"),
     ],
 )
 def test_channels_that_come_last_are_moved(tmp_path, kind, shape, order, note):

@@ -1,6 +1,7 @@
 """Image files to one array: decoding with Pillow, sizes and channels made one, the unreadable named."""
 
 import io
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -48,7 +49,9 @@ def decode(data: bytes, size: tuple[int, int] | None) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             if image.mode[0] in "IF":
                 raise Unreadable(f'its mode "{image.mode}" has more than 8 bits per channel')
-            ImageOps.exif_transpose(image, in_place=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of damaged EXIF data: the image is whole
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode in ("P", "PA", "RGBa"):  # straight to RGB, Pillow warns of the palette's transparency
                 image = image.convert("RGBA")
             image = image.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")

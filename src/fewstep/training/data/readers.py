@@ -130,8 +130,8 @@ def _table(tables: list[Any], files: list[Path], where: str, note: str, classes:
 def read_array(file: Path, classes: int | None, limit: int | None) -> Samples:
     """A ``.npy`` array, or ``.npz`` with ``x``, ``images`` or ``data`` and perhaps ``y`` or ``labels``.
 
-    uint8 arrays are images: (n, height, width) gets a channel. Of (n, a, b, c) with c = 1, 3 or 4 and a > 4 the channels come
-    last and are moved to the front; the fourth of uint8 is transparency and dropped.
+    uint8 arrays are images: (n, height, width) gets a channel. Of (n, a, b, c) with c = 1, 3 or 4 and a, b > 4 the channels
+    come last and are moved to the front; the fourth of uint8 is transparency and dropped.
 
     Raises:
         FewstepError: the file cannot be read, holds objects, other arrays or types, bad labels, or images whose values are
@@ -177,7 +177,8 @@ def _channels_first(x: np.ndarray) -> tuple[np.ndarray, str]:
     image = x.dtype == np.uint8
     if image and x.ndim == 3:
         return x[:, None], ""
-    if x.ndim != 4 or x.shape[3] not in (1, 3, 4) or x.shape[1] <= 4:  # up to 4 may be channels that come first
+    # Up to 4 in front may be channels, and up to 4 in the middle a small map of features whose channels come first.
+    if x.ndim != 4 or x.shape[3] not in (1, 3, 4) or min(x.shape[1:3]) <= 4:
         return x, ""
     if image and x.shape[3] == 4:  # four channels of floats may be anything, as latents: all are kept
         return x[..., :3].transpose(0, 3, 1, 2), " (channels moved to the front, transparency dropped)"

@@ -98,7 +98,9 @@ class FiniteSource:
 
     def __post_init__(self) -> None:
         if self.hold_out < 0 or self.hold_out == 1:
-            raise refuse(f"hold_out keeps every so many-th sample aside: expected 0 (none) or 2 and more, got {self.hold_out}")
+            raise refuse(
+                f"hold_out keeps one of each so many samples aside: expected 0 (none) or 2 and more, got {self.hold_out}"
+            )
         if self.hold_out > len(self.data):
             raise refuse(
                 f"hold_out={self.hold_out} keeps nothing aside of {len(self.data)} samples; choose a smaller number, or 0"
