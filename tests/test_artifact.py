@@ -285,6 +285,7 @@ def test_path_from_any_other_text_is_none(text):
         ("VP(beta_min=1.0=2.0)", "not written as in VP"),
         ("VP(\nTrue)", 'beta_min must be a number, got "True"'),
         ("VP(2 - 1)", 'beta_min must be a number, got "2 - 1"'),
+        ("VE(1for x in y)", "sigma_min must be a number, got"),  # of which Python's parser warns
         ("VE(sigma_max=0)", "VE needs 0 < sigma_min < sigma_max, all finite; got"),
     ],
 )

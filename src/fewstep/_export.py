@@ -2,6 +2,7 @@
 
 import ast
 import re
+import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,9 @@ def _arguments(usual: Any, text: str) -> dict[str, float]:
     name, known = type(usual).__name__, [field.name for field in fields(usual)]
     has = f"{name} takes {' and '.join(known)}" if known else f"{name} takes no arguments"
     try:
-        call = ast.parse(f"{name}({text})", mode="eval").body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # as of "1for": what is no number is refused below
+            call = ast.parse(f"{name}({text})", mode="eval").body
     except SyntaxError:
         raise ValueError(f"its arguments are not written as in {usual!r}") from None
     assert isinstance(call, ast.Call)  # the text holds no brackets

@@ -75,7 +75,10 @@ LOST = {"message": "RuntimeError: Connection closed by peer", "known": False}
     [
         ([(1, LOST), (1, {"message": "no data", "known": True})], "^no data$"),
         ([(-signal.SIGTERM, None), (1, {"message": "no data", "known": True})], "^no data$"),
-        ([(1, LOST), (-signal.SIGKILL, None)], "process 1 of 2 was killed by SIGKILL; go on from the last checkpoint"),
+        (
+            [(1, LOST), (-signal.SIGKILL, None)],
+            "process 1 of 2 was killed by SIGKILL; go on with --resume if there is a checkpoint, else",
+        ),
         ([(-signal.SIGTERM, None), (3, None)], "process 1 of 2 ended with status 3; go on"),
     ],
 )

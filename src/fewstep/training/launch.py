@@ -58,7 +58,9 @@ def launch(processes: int, words: Sequence[str]) -> None:
         raise KeyboardInterrupt
     if "known" not in failure.error_file_data:
         how = f"was killed by {failure.signal_name()}" if failure.exitcode < 0 else f"ended with status {failure.exitcode}"
-        raise FewstepError(f"process {failure.local_rank} of {processes} {how}; go on from the last checkpoint with --resume")
+        raise FewstepError(
+            f"process {failure.local_rank} of {processes} {how}; go on with --resume if there is a checkpoint, else start again"
+        )
     if failure.error_file_data["known"]:
         raise FewstepError(failure.message)
     print(failure.message, file=sys.stderr)
