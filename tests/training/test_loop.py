@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ from fewstep.cli import main
 from fewstep.keyed import Keyed
 from fewstep.path import CondOT
 from fewstep.training import loop
-from fewstep.training.assemble import assemble
+from fewstep.training.assemble import assemble, check_network
 from fewstep.training.batch import Ahead, Loss
 from fewstep.training.data import FiniteSource, open_source
 from fewstep.training.finish import CURVE, command
@@ -529,15 +529,15 @@ def test_another_objective_network_or_data_do_not_continue_a_run(tmp_path, monke
         pass
 
     class Net(ResidualMLP):
-        def __init__(self, slope):
+        def __init__(self, size):
             super().__init__((2,), 0, 8, 1)
-            self.slope = torch.nn.LeakyReLU(slope)
+            self.last = torch.nn.Linear(size, 1)
 
     x, recipe = torch.randn(100, 2), Recipe(data="mine", steps=6, batch=8, width=8, blocks=1)
     labels = torch.arange(100) % 4
     with monkeypatch.context() as patch:
         when(4, lambda: signal.raise_signal(signal.SIGINT), patch)
-        for name, given in {"data": {}, "objective": {"objective": Other()}, "network": {"network": Net(0.1)}}.items():
+        for name, given in {"data": {}, "objective": {"objective": Other()}, "network": {"network": Net(1)}}.items():
             with pytest.raises(KeyboardInterrupt):
                 train(recipe, tmp_path / name, data=FiniteSource(x), keeping=OFTEN, **given)
     for name, given, message in [
@@ -547,23 +547,78 @@ def test_another_objective_network_or_data_do_not_continue_a_run(tmp_path, monke
         ("data", {"objective": Other()}, r"own objective = none \(now .*Other\(target=None, weight='uniform', huber=None\)\)"),
         ("objective", {}, r"own objective = .*Other\(.*\) \(now none\)"),
         ("objective", {"objective": Other(weight="snr")}, r"own objective = .*uniform.* \(now .*snr"),
-        ("network", {}, r"own network = Net\(.*\) \(now none\)"),
-        ("network", {"network": Net(0.2)}, r"own network = Net\(.*\) \(now Net\("),
+        ("network", {}, r"own network = .*Net with weights \w{8} \(now none\)"),
+        ("network", {"network": Net(2)}, r"own network = .*Net with weights \w{8} \(now .*Net with weights"),
     ]:
         with pytest.raises(ArtifactError, match=rf"was made with {message}.*; a run can only continue as it began"):
             train(recipe, tmp_path / name, **{"data": FiniteSource(x), **given}, resume=True)
     train(recipe, tmp_path / "data", data=FiniteSource(x * (1 + 1e-6)), resume=True)  # rounding is no other data
 
 
-def test_a_checkpoint_that_does_not_say_what_it_was_made_of_is_continued(tmp_path, monkeypatch):
-    unfinished(tmp_path, monkeypatch)
-    file = checkpoints(tmp_path)[-1]
+def test_the_same_network_and_objective_continue_a_run_in_another_process_and_version(tmp_path, monkeypatch):
+    """Where they come from another module, and their words have changed."""
+
+    def mine(module: str, words: str) -> dict[str, Any]:
+        own = {"__module__": module, "__qualname__": "Own", "__repr__": lambda self: words}
+        fresh = dataclass(frozen=True)(
+            type(
+                "Own", (Regression,), {**own, "__annotations__": {"seen": set}, "seen": field(default_factory=lambda: {words})}
+            )
+        )
+        return {"network": type("Own", (ResidualMLP,), own)((2,), 0, 8, 1), "objective": fresh()}
+
+    data, recipe = FiniteSource(torch.randn(100, 2)), Recipe(data="mine", steps=6, batch=8)
+    with monkeypatch.context() as patch:
+        when(4, lambda: signal.raise_signal(signal.SIGINT), patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path, data=data, keeping=OFTEN, **mine("__main__", "{'a', 'b'}"))
+    train(recipe, tmp_path, data=data, resume=True, **mine("mine", "{'b', 'a'}"))
+
+
+def test_settings_inside_an_objective_count(tmp_path, monkeypatch):
+    def mine(**settings: Any) -> dict[str, Any]:
+        return {"data": data, "objective": FlowAndDivergence(base=Regression(**settings), weight=0.1)}
+
+    data, recipe = FiniteSource(torch.randn(100, 2)), Recipe(data="mine", steps=6, batch=16, width=8, blocks=1)
+    with monkeypatch.context() as patch:
+        when(4, lambda: signal.raise_signal(signal.SIGINT), patch)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path, keeping=OFTEN, **mine())
+    with pytest.raises(ArtifactError, match=r"FlowAndDivergence\(.*base=Regression\(.*huber=None\).* \(now .*huber=0.1\)"):
+        train(recipe, tmp_path, resume=True, **mine(huber=0.1))
+    train(recipe, tmp_path, resume=True, **mine())
+
+
+def rewritten(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """The newest checkpoint, saying something else of its run."""
+    file = checkpoints(folder)[-1]
     with safe_open(file, "pt") as opened:
         header = opened.metadata()
     run = json.loads(header["run"])
-    assert run.pop("made_of")["data"]["shape"] == [1, 8, 8]
+    change(run)
     save_file(load_file(file), file, header | {"run": json.dumps(run)})
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_made_of_is_continued(tmp_path, monkeypatch):
+    whole = replace(TINY, hold_out=0)
+    unfinished(tmp_path, monkeypatch, whole)
+    rewritten(tmp_path, lambda run: run.pop("made_of"))
+    train(whole, tmp_path, resume=True)
+
+
+def test_a_checkpoint_that_tells_its_network_in_other_words_is_continued(tmp_path, monkeypatch):
+    unfinished(tmp_path, monkeypatch)
+    rewritten(
+        tmp_path, lambda run: run.update(made_of={"network": "Net(...)", "objective": "", "data": run["made_of"]["data"]})
+    )
     train(TINY, tmp_path, resume=True)
+
+
+def test_a_checkpoint_from_before_samples_were_kept_aside_at_random_is_refused(tmp_path, monkeypatch):
+    unfinished(tmp_path, monkeypatch)
+    rewritten(tmp_path, lambda run: run.pop("made_of"))
+    with pytest.raises(ArtifactError, match="may have kept other samples aside: these would be trained on now; start afresh"):
+        train(TINY, tmp_path, resume=True)
 
 
 def test_other_versions_are_told(tmp_path, monkeypatch, capsys):
@@ -630,6 +685,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"lr": float("inf")}, "lr must be a finite number, got inf"),
+        ({"lr": 10**400}, "lr must be a finite number, got 1000"),
         ({"seed": -1}, "seed must be at least 0"),
         ({"ema": 1.0}, r"ema must lie in \[0, 1\)"),
         ({"clip": -1.0}, "clip must be a number from 0 on"),
@@ -770,7 +826,36 @@ def test_a_network_that_cannot_be_trained_is_refused(tmp_path):
         train(moons, tmp_path, network=Conditional())
     with pytest.raises(FewstepError, match="Plain has no weights to train"):
         train(moons, tmp_path, network=Plain().requires_grad_(False))
+    with pytest.raises(FewstepError, match=r"a traced or scripted network cannot be trained .*; pass the module that it was"):
+        train(moons, tmp_path, network=torch.jit.ScriptModule())
     assert not list(tmp_path.iterdir())
+
+
+def test_networks_are_asked_how_they_are_called(tmp_path):
+    class Called(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+        def __call__(self, x, t, label=None):
+            return super().__call__(x)
+
+        def forward(self, x):
+            return self.weight * x
+
+    class Compiled(Called):
+        __call__ = torch.add  # Python does not know how functions of C are called
+
+    class Narrow(Called):
+        def __call__(self, x):
+            return super().__call__(x)
+
+    train(TINY, tmp_path, network=Called())
+    data = open_source("moons")
+    check_network(Called(), data)
+    check_network(Compiled(), data)
+    with pytest.raises(FewstepError, match=r"got Narrow.__call__\(x\); change"):
+        check_network(Narrow(), data)
 
 
 def test_a_file_is_no_folder_to_train_in(tmp_path):

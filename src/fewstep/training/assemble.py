@@ -165,20 +165,36 @@ def check_network(network: nn.Module, data: Source) -> None:
     """Whether a caller's network can be trained on these data.
 
     Raises:
-        FewstepError: it cannot be called as it will be, or all its weights are frozen.
+        FewstepError: it cannot be called as it will be, is TorchScript, or all its weights are frozen.
     """
-    labelled, signature = data.classes is not None, inspect.signature(network.forward)
+    if isinstance(network, torch.jit.ScriptModule):
+        raise FewstepError(
+            "a traced or scripted network cannot be trained (PyTorch cannot copy it for the moving average); pass the module "
+            "that it was made from"
+        )
+    labelled = data.classes is not None
+    method = "forward" if type(network).__call__ is nn.Module.__call__ else "__call__"
+    signature = _signature(getattr(network, method))
     try:
-        signature.bind(None, None, **({"label": None} if labelled else {}))
+        if signature is not None:
+            signature.bind(None, None, **({"label": None} if labelled else {}))
     except TypeError:
         said = "labels, so network(x, t, label)" if labelled else "no labels, so network(x, t)"
         raise FewstepError(
-            f"the data have {said} is called, got {type(network).__name__}.forward{signature}; change one of them"
+            f"the data have {said} is called, got {type(network).__name__}.{method}{signature}; change one of them"
         ) from None
     if not any(p.requires_grad for p in network.parameters()):
         raise FewstepError(
             f"{type(network).__name__} has no weights to train (requires_grad is off for all of them); turn it on"
         )
+
+
+def _signature(function: Callable) -> inspect.Signature | None:
+    """None where Python does not know it, as of a function written in C."""
+    try:
+        return inspect.signature(function)
+    except (ValueError, TypeError):
+        return None
 
 
 def _identity(model: Model) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from torch import linspace, nn
@@ -35,10 +35,11 @@ class Own:
         return Own(_described(network), "" if data is None else type(data).__name__, _described(objective))
 
 
-def made_of(own: Own, data: Source, source: Source | None) -> dict[str, Any]:
-    """What a checkpoint says of it, in JSON's types."""
+def made_of(network: nn.Module | None, objective: Objective | None, data: Source, source: Source | None) -> dict[str, Any]:
+    """What a checkpoint says of it, in JSON's types; of the caller's own only what every process and version says alike."""
+    own = {"own network": _weights(network), "own objective": "" if objective is None else _settings(objective)}
     rest = {} if source is None else {"source": facts(source)}
-    return {"network": own.network, "objective": own.objective, "data": facts(data), **rest}
+    return {**own, "data": facts(data), **rest}
 
 
 def facts(source: Source) -> dict[str, Any]:
@@ -66,6 +67,30 @@ def other(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> dict[str, tuple
         if not math.isclose(then, now, abs_tol=1e-3 * scale):
             return {f"weighted mean of sample {k}": (f"{then:.4g}", f"{now:.4g}")}  # one such sample says it
     return {}
+
+
+def _weights(network: nn.Module | None) -> str:
+    """Class, and which parameters it has."""
+    if network is None:
+        return ""
+    shapes = repr([(name, tuple(p.shape)) for name, p in network.named_parameters()])
+    return f"{type(network).__qualname__} with weights {hashlib.sha256(shapes.encode()).hexdigest()[:8]}"
+
+
+def _settings(thing: object) -> str:
+    """A plain value, or a class with such fields where it is a dataclass."""
+    if _plain(thing):
+        return repr(thing)
+    name = type(thing).__qualname__  # not its module, which is another one in a script than when it is imported
+    if not is_dataclass(thing):
+        return name
+    values = {f.name: getattr(thing, f.name) for f in fields(thing) if f.compare}
+    told = {k: v for k, v in values.items() if _plain(v) or (is_dataclass(v) and not isinstance(v, type))}
+    return f"{name}({', '.join(f'{k}={_settings(v)}' for k, v in told.items())})"
+
+
+def _plain(value: object) -> bool:
+    return all(map(_plain, value)) if type(value) is tuple else type(value) in (int, float, str, bool, type(None))
 
 
 def _described(thing: object | None) -> str:

@@ -279,7 +279,7 @@ def _begin(
     bare = optimizer_for(made, recipe)
     own = Own.of(network, data, objective)
     # Before the wrapping, whose autocast the average must not inherit.
-    run = Run.begin(plain(recipe), made, bare, recipe.ema, made_of(own, found, parts.source))
+    run = Run.begin(plain(recipe), made, bare, recipe.ema, made_of(network, objective, found, parts.source))
     wrapped, prepared = accelerator.prepare(made, bare)
     # The wrapping is for gradients that a scaler scales; without one it only looks for absent packages, at every step.
     optimizer = bare if accelerator.scaler is None else prepared

@@ -1,6 +1,6 @@
 """What decides the weights of a training run, as plain data; imports no torch, so that help and printing are instant."""
 
-import math
+import sys
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -219,7 +219,9 @@ def _is(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple) and all(_is(each, int) for each in value)
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, int | float) and math.isfinite(value) if kind is float else isinstance(value, kind)
+    if kind is float:
+        return isinstance(value, int | float) and abs(value) <= sys.float_info.max  # an integer can be larger
+    return isinstance(value, kind)
 
 
 def _in_words(kind: Any) -> str:

@@ -32,7 +32,7 @@ class Run:
 
     Attributes:
         recipe: its settings; a checkpoint is only continued under the same.
-        made_of: what else must be the same: network and objective of the caller's own, in words, and facts of the data.
+        made_of: what else must be the same: what tells network and objective of the caller's own, and facts of the data.
         network: what the optimiser trains, unwrapped.
         ema: the network with the exponential moving average of its weights, which is what gets saved.
         optimizer: AdamW.
@@ -114,18 +114,24 @@ class Run:
             What has changed in the versions of packages that decide the numbers, in words; None where nothing has.
 
         Raises:
-            ArtifactError: the file is damaged, or belongs to another recipe, data, network or objective (what differs is
-                listed).
+            ArtifactError: the file is damaged, belongs to another recipe, data, network or objective (what differs is
+                listed), or is of a version that may have kept other samples aside.
         """
         header, tensors = _read(file)
         rest = json.loads(header["run"])
-        differing = changed(rest.pop("recipe"), dict(self.recipe)) | self._mixed(rest.pop("made_of", {}))
+        theirs = rest.pop("made_of", {})
+        differing = changed(rest.pop("recipe"), dict(self.recipe)) | self._mixed(theirs)
         if differing:
             told = {name: (short(old, LONGEST), short(new, LONGEST)) for name, (old, new) in differing.items()}
             said = ", ".join(f"{name} = {old} (now {new})" for name, (old, new) in told.items())
             raise refusal(
                 f"{file} was made with {said}; a run can only continue as it began: start afresh in another --out, or drop "
                 "the settings and keep those of the run"
+            )
+        if not theirs and self.recipe.get("hold_out"):
+            raise refusal(
+                f"{file} is of an earlier version of fewstep, which may have kept other samples aside: these would be trained "
+                "on now; start afresh in another --out"
             )
         self._load(tensors, file)
         for name, value in rest.items():
@@ -135,14 +141,14 @@ class Run:
         return ", ".join(f"{name} {old} then, {new} now" for name, (old, new) in news.items()) or None
 
     def _mixed(self, theirs: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """What differs beside the recipe, with both values; a checkpoint of an earlier version does not say."""
+        """What differs beside the recipe, with both values; of what an earlier version did not say nothing does."""
         found: dict[str, tuple[Any, Any]] = {}
         for name in theirs.keys() & self.made_of.keys():
             then, now = theirs[name], self.made_of[name]
             if isinstance(then, Mapping) and isinstance(now, Mapping):
                 found |= {f"{what} of {name}": both for what, both in other(then, now).items()}
             elif then != now:
-                found[f"own {name}"] = (then or "none", now or "none")
+                found[name] = (then or "none", now or "none")
         return found
 
     def _load(self, tensors: Mapping[str, Tensor], file: Path) -> None:
