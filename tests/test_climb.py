@@ -4,7 +4,7 @@ import jaxtyping
 import pytest
 import torch
 
-from fewstep import CountedField, JointField, Sampler, adapt, load, tune
+from fewstep import CountedField, JointField, LeastSquares, Sampler, adapt, climb, load, tune
 from fewstep._errors import BudgetError, FieldError
 from fewstep.ladder import Climb
 from fewstep.noise import TEST, draw, enough
@@ -313,15 +313,38 @@ def test_a_budget_that_was_not_tuned_is_refused(result):
 
 
 @pytest.mark.parametrize(
-    ("effort", "noise", "message"),
+    ("model", "effort", "noise", "message"),
     [
-        ("learn", 2, 'effort "learn" at 8 calls learns 52 numbers at once: it needs at least 4 noises of 64 elements, got 2'),
-        ("fit", 1, 'effort "fit" at 8 calls fits 9 numbers at once: it needs at least 4 noises of 64 elements, got 1'),
+        (
+            load("digits"),
+            "learn",
+            2,
+            'effort "learn" at 8 calls needs at least 4 noises of 64 elements .* learns at once, got 2',
+        ),
+        (ring(), "fit", 16, 'effort "fit" at 8 calls needs at least 18 noises of 2 elements .* fits at once, got 16'),
     ],
 )
-def test_too_little_noise_for_what_is_fitted_is_refused_with_the_number_needed(effort, noise, message):
+def test_too_little_noise_for_what_is_fitted_is_refused_with_the_number_needed(model, effort, noise, message):
     with pytest.raises(FieldError, match=message):
-        tune(load("digits"), nfe=(4, 8), noise=noise, effort=effort)
+        tune(model, nfe=(4, 8), noise=noise, effort=effort)
+
+
+def test_the_default_noise_is_enough_for_any_budget():
+    for effort, nfe in (("fit", 40), ("learn", 40)):
+        shape = climb._shape(ring(), None, 1, effort, nfe)
+        climb._check_enough(torch.zeros(shape), effort, nfe)
+
+
+def test_a_field_that_every_table_solves_is_tuned(capsys):
+    straight = adapt(lambda x, t: torch.ones_like(x), shape=(4,))
+    result = tune(straight, nfe=2, effort="fit")
+    assert result[2].nfe == 2
+    assert LeastSquares()(straight.given(), torch.randn(32, 4), nfe=2).nfe == 2
+
+
+def test_noise_in_half_precision_is_taken_to_single():
+    result = tune(load("digits"), nfe=2, effort="search", noise=torch.randn(16, 1, 8, 8).half())
+    assert math.isfinite(result.report.facts["summary"][0]["tuned_rmse"])
 
 
 def test_nan_from_the_network_names_the_call_and_the_time():

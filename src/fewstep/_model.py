@@ -5,7 +5,7 @@ else.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +25,12 @@ class SourcePoints:
         name: as ``fewstep train --source`` took it.
         points: ``points(seed, first, last)`` -> (last - first, *shape), sample i depending on the seed and i alone; None where
             only the name is known.
+        facts: what tells the data that the model was trained from, from others of that name; None where that is not known.
     """
 
     name: str
     points: Callable[[int, int, int], Tensor] | None = None
+    facts: Mapping[str, Any] | None = None
 
     def __call__(self, seed: int, first: int, last: int) -> Tensor:
         """Samples `first` to `last` of a seed.

@@ -12,9 +12,9 @@ from . import __version__
 from ._types import BudgetError, Field, FieldError
 from .composite import JointField, source_of
 from .field import Model, ModelField
-from .journal import Journal, identity
+from .journal import Journal, digest, identity
 from .ladder import Climb, Effort, Ground
-from .noise import NOISES, TEST, draw, enough, needed
+from .noise import NOISES, TEST, draw_sets, enough, needed
 from .problem import Score
 from .progress import Stages
 from .result import TuneResult
@@ -74,9 +74,10 @@ def tune(
         raise ValueError(f'effort is "search", "fit" or "learn", got "{effort}"')
     if metric not in ("rmse", "worst"):
         raise ValueError(f'metric is "rmse" or "worst", got "{metric}"')
-    ground = _ground(model_or_field, noise, conditions, effort, seed)
+    ground = _ground(model_or_field, noise, conditions, effort, seed, budgets[-1])
     _check_enough(ground.fitting, effort, budgets[-1])
-    key = identity(ground.field, ground.fitting, __version__, torch.__version__, seed, metric, len(ground.test))
+    others = [digest(ground.selection), digest(ground.test)]
+    key = identity(ground.field, ground.fitting, __version__, torch.__version__, seed, metric, *others)
     with Stages(progress) as stages:
         journal = Journal(None if resume is None else Path(resume), key)
         return Climb(ground, effort, metric, seed, journal, stages).run(budgets)
@@ -88,6 +89,7 @@ def _ground(
     conditions: Sequence[Mapping[str, Any]] | None,
     effort: Effort,
     seed: int,
+    nfe: int,
 ) -> Ground:
     """The field on all conditions with its noise; test noise is at least `TEST`, where fields can be made for it."""
     if not isinstance(source, Model):
@@ -98,37 +100,48 @@ def _ground(
         model = source
     count, points = len(conditions) if conditions else 1, source_of(source)
     if isinstance(noise, Tensor):
-        fitting = noise
-        if fitting.shape[0] % count:
-            raise FieldError(f"noise for {count} conditions must divide among them, got a batch of {fitting.shape[0]}")
+        shape = noise.shape
+        if shape[0] % count:
+            raise FieldError(f"noise for {count} conditions must divide among them, got a batch of {shape[0]}")
     else:
-        shape = tuple(noise) if isinstance(noise, Sequence) else _shape(model, noise, count, effort)
+        shape = tuple(noise) if isinstance(noise, Sequence) else _shape(model, noise, count, effort, nfe)
+    each = shape[0] // count
+    more = max(each, -(-enough(TEST, math.prod(shape[1:])) // count)) if isinstance(source, Model) else each
+    sets = draw_sets((shape[0], shape[0], more * count), shape[1:], seed, points)
+    if isinstance(noise, Tensor):
+        half = model is not None and noise.dtype in (torch.float16, torch.bfloat16)
+        sets[0] = noise.float() if half else noise  # a state in half precision loses what steps add
+        fitting, selection, test = (each.to(sets[0]) for each in sets)
+    else:
         device = model.device_dtype()[0] if model is not None else torch.device("cpu")
-        fitting = draw(shape, seed, 0, points).to(device)
+        fitting, selection, test = (each.to(device) for each in sets)
     if not isinstance(source, Model):
-        return Ground(source, fitting, source, draw(fitting.shape, seed, 2, points).to(fitting), points)
-    each = fitting.shape[0] // count
-    more = max(each, -(-enough(TEST, fitting[0].numel()) // count))
-    test = draw((more * count, *fitting.shape[1:]), seed, 2, points).to(fitting)
-    return Ground(_joint(source, conditions, each), fitting, _joint(source, conditions, more), test, points)
+        return Ground(source, fitting, selection, source, test)
+    return Ground(_joint(source, conditions, each), fitting, selection, _joint(source, conditions, more), test)
+
+
+def _least(effort: Effort, nfe: int, size: int) -> int:
+    """The fewest noises for what is fitted or learnt at once at this budget."""
+    rows, table = nfe + 1, nfe * (nfe + 5) // 2
+    return {"search": 1, "fit": needed(rows, size, 1), "learn": needed(table, size)}[effort]
 
 
 def _check_enough(fitting: Tensor, effort: Effort, nfe: int) -> None:
-    """FieldError unless there are residuals for the numbers that the largest budget fits or learns at once."""
-    size, numbers = fitting[0].numel(), {"search": 0, "fit": nfe + 1, "learn": nfe * (nfe + 5) // 2}[effort]
-    if effort != "search" and len(fitting) < (least := needed(numbers, size)):
+    size = fitting[0].numel()
+    if len(fitting) < (least := _least(effort, nfe, size)):
         raise FieldError(
-            f'effort "{effort}" at {nfe} calls {effort}s {numbers} numbers at once: it needs at least {least} noises of {size} '
-            f"elements, got {len(fitting)}"
+            f'effort "{effort}" at {nfe} calls needs at least {least} noises of {size} elements for the numbers that it '
+            f"{effort}s at once, got {len(fitting)}"
         )
 
 
-def _shape(model: Model | None, noise: int | None, count: int, effort: Effort) -> tuple[int, ...]:
+def _shape(model: Model | None, noise: int | None, count: int, effort: Effort, nfe: int) -> tuple[int, ...]:
     """Of the fitting noise: as many as asked for each of `count` conditions, or what the effort needs."""
     if model is None or model.shape is None:
         raise FieldError("the shape of a sample is not known: pass noise=(batch, *shape) or a tensor, or adapt(..., shape=...)")
-    each = -(-enough(NOISES[effort], math.prod(model.shape)) // min(count, 4)) if noise is None else noise
-    return (each * count, *model.shape)
+    size = math.prod(model.shape)
+    usual = max(enough(NOISES[effort], size), _least(effort, nfe, size))
+    return ((-(-usual // min(count, 4)) if noise is None else noise) * count, *model.shape)
 
 
 def _joint(model: Model, conditions: Sequence[Mapping[str, Any]] | None, each: int) -> Field:

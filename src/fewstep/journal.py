@@ -118,10 +118,19 @@ def _plain(sampler: Sampler) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def digest(noise: Tensor) -> str:
+    """A hash of a set of noise."""
+    return hashlib.sha256(_bytes(noise)).hexdigest()
+
+
+def _bytes(noise: Tensor) -> bytes:
+    return noise.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()  # NumPy has no bfloat16
+
+
 def identity(field: Field, noise: Tensor, *words: object) -> str:
     """A hash of what a result depends on: the field's own output on some noise, the noise, and the settings."""
-    digest = hashlib.sha256(repr(words).encode())
-    digest.update(noise.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())  # NumPy has no bfloat16
+    found = hashlib.sha256(repr(words).encode())
+    found.update(_bytes(noise))
     with torch.no_grad():
-        digest.update(field(noise, 0.5).detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        found.update(field(noise, 0.5).detach().float().cpu().numpy().tobytes())
+    return found.hexdigest()

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 
 from . import __version__
-from ._model import SourcePoints
 from ._types import Field
 from .candidates import Candidate, candidates, grids, home
-from .composite import CountedField, path_of
+from .composite import CountedField, path_of, source_of
 from .coordinates import Coordinates
 from .evaluation import Report, Row
 from .grid import TimeGrid
 from .journal import Journal
-from .noise import BOSS_NOISES, SCREEN, draw, enough
+from .noise import BOSS_NOISES, SCREEN, enough
 from .problem import Problem, Score
 from .progress import Stage, Stages
 from .result import TuneResult
@@ -59,13 +58,13 @@ COARSE = 4e-3
 
 @dataclass(frozen=True, eq=False)
 class Ground:
-    """What `tune` works on: the field with the fitting noise, and with the test noise (which may be more), and its source."""
+    """What `tune` works on: the field with fitting and selection noise, and with the test noise (which may be more)."""
 
     field: Field
     fitting: Tensor
+    selection: Tensor
     test_field: Field
     test: Tensor
-    source: SourcePoints | None = None
 
 
 class Climb:
@@ -90,7 +89,7 @@ class Climb:
         self.pools: dict[int, list[Candidate]] = {}
         self.solves: dict[str, Solve] = {}
         self.finest = FINEST_DOUBLE if ground.test.dtype == torch.float64 else FINEST
-        self.noises = {"fit": ground.fitting, "select": draw(ground.fitting.shape, seed, 1, ground.source).to(ground.fitting)}
+        self.noises = {"fit": ground.fitting, "select": ground.selection}
 
     def run(self, budgets: Sequence[int]) -> TuneResult:
         """Solve, search, fit, learn, choose, measure."""
@@ -132,6 +131,7 @@ class Climb:
             "model": model.name if model else "field",
             "path": repr(home(self.field)),
             "conditions": list(conditions),
+            **({} if (points := source_of(self.field)) is None else {"starts at": points.name}),
             "fitting noises": self.fitting.noise.shape[0],
             "noises per set": test.noise.shape[0],
             "seed": self.seed,

@@ -1,6 +1,7 @@
 """How much noise each stage of `tune` takes, and the noise itself."""
 
 import math
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -35,16 +36,37 @@ def enough(least: tuple[int, int], size: int) -> int:
     return min(MOST, max(least[0], math.ceil(least[1] / size)))
 
 
-def needed(numbers: float, size: int) -> int:
-    """The fewest noises of `size` elements that so many numbers can be learnt from."""
-    return max(FEWEST, math.ceil(PER_NUMBER * numbers / max(size, 1)))
+def needed(numbers: float, size: int, fewest: int = FEWEST) -> int:
+    """The fewest noises of `size` elements that so many numbers can be learnt from, or with `fewest` = 1 fitted to."""
+    return max(fewest, math.ceil(PER_NUMBER * numbers / max(size, 1)))
 
 
 def draw(shape: Sequence[int], seed: int, which: int, source: SourcePoints | None = None) -> Tensor:
     """Standard normal noise, or what a model's paths start from.
 
-    `which` tells fitting (0), selection (1) and test (2) noise apart, and further sets.
+    `which` tells fitting (0), selection (1) and test (2) noise apart, and further sets; of a source the sets of `draw_sets`.
     """
     if source is not None:
         return source(seed * 1009 + which, 0, shape[0])
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1009 + which))
+
+
+def draw_sets(counts: Sequence[int], shape: Sequence[int], seed: int, source: SourcePoints | None) -> list[Tensor]:
+    """Fitting, selection and test noise: so many of each, (count, *shape).
+
+    Of a source they are consecutive parts of one order, in which finite data come back only when all have been met.
+
+    Warns:
+        UserWarning: the source has fewer samples than that.
+    """
+    if source is None:
+        return [draw((count, *shape), seed, which) for which, count in enumerate(counts)]
+    points = source(seed, 0, sum(counts))
+    different = len(points.flatten(1).unique(dim=0))
+    if different < len(points):
+        warnings.warn(
+            f"{source.name} has only {different} samples for the {len(points)} points that are fitted to, chosen by and "
+            "measured on: errors are partly of points that the sampler was fitted to; ask for less noise",
+            stacklevel=2,
+        )
+    return list(points.split(list(counts)))

@@ -80,7 +80,7 @@ def summary(
                 "tuned_worst": tuned.worst,
                 "best_stock": stock.name if stock else None,
                 "best_stock_rmse": stock.metrics["rmse"].value if stock else None,
-                "ratio": error.value / stock.metrics["rmse"].value if stock else None,
+                "ratio": error.value / stock.metrics["rmse"].value if stock and stock.metrics["rmse"].value else None,
                 "runner_up": second.name if second else None,
                 "runner_up_rmse": second.metrics["rmse"].value if second else None,
                 "finalists": len(ranked),

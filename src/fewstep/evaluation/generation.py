@@ -198,13 +198,14 @@ class Draw:
             raise FewstepError(
                 f"{model.name} is a function, which a folder cannot tell from another: make it a module, or leave out="
             )
+        source = {} if model.source is None else {"source": [model.source.name, _digest([model.source(self.seed, 0, 8)])]}
         numbers = [table.times, table.a, table.b, *([] if table.clock is None else [table.clock])]
         return {
             "sampler": table.provenance.method, "numbers": _digest(numbers), "predicts": table.predicts,
             "model": model.name, "weights": model.fingerprint(), "path": repr(model.path), "shape": list(self.shape),
             "kind": [model.predicts, model.raw, model.sigma_data, getattr(model.call, "__qualname__", "")],
             "seed": self.seed, "conditions": _digest(self.conditions), "guidance": self.guidance, "null": _digest(self.null),
-            "extractor": extract.identity,
+            "extractor": extract.identity, **source,
         }  # fmt: skip
 
 

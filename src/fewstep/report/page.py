@@ -184,12 +184,16 @@ def _snippets(report: Report) -> list[dict[str, str]]:
     if not folder:
         return []
     nfe = folder.removeprefix("nfe-")
+    start = report.facts.get("starts at")
+    drawn = "torch.randn(16, *shape))   #" if start is None else f"x0)   # x0: samples of {start};"
     python = f"""import torch
 from fewstep import Sampler, adapt
 
 field = adapt(network).given()                  # with the arguments of the tuning
 fast = Sampler.load("{folder}")
-sample = fast(field, torch.randn(16, *shape))   # {nfe} network calls"""
+sample = fast(field, {drawn} {nfe} network calls"""
+    if start is not None:
+        return [{"title": "In Python:", "code": python}]
     pipeline = f"""from fewstep import TableScheduler
 
 pipe.scheduler = TableScheduler.from_pretrained("{folder}")

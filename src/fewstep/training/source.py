@@ -10,6 +10,7 @@ from .._types import FewstepError
 from ..field import Model
 from ..keyed import Keyed
 from .data import Source, open_source
+from .ingredients import facts, other
 
 APART = 0x5EED
 """Keys of the source's samples apart from those of the data, which may be the same."""
@@ -25,16 +26,34 @@ def with_source(model: Model, source: Source | None = None) -> Model:
         source: instead of the data of that name.
 
     Raises:
-        FewstepError: the data are not where they were, or have another shape than the model's samples.
+        FewstepError: the data are not where or what they were, have another shape than the model's samples, or are made by a
+            function, which a model's folder must not run.
     """
     if source is None:
         if model.source is None or model.source.points is not None:
             return model
-        source = open_source(model.source.name)
+        source = _opened(model.name, model.source)
     if model.shape is not None and source.shape != model.shape:
         raise FewstepError(f"{model.name} starts at samples of shape {model.shape}, {source.description} has {source.shape}")
     name = model.source.name if model.source is not None else source.description
-    return replace(model, source=SourcePoints(name, partial(_points, source)))
+    return replace(model, source=SourcePoints(name, partial(_points, source), facts(source)))
+
+
+def _opened(model: str, known: SourcePoints) -> Source:
+    if ":" in known.name:
+        raise FewstepError(
+            f"{model} starts at samples that {known.name} makes: a model's folder must not run code; if you trust it, pass "
+            f'them: with_source(model, open_source("{known.name}"))'
+        )
+    source = open_source(known.name)
+    differing = {} if known.facts is None else other(known.facts, facts(source))
+    if differing:
+        listed = ", ".join(f"{key} = {then} (now {now})" for key, (then, now) in differing.items())
+        raise FewstepError(
+            f"{model} starts at samples of {known.name}, which are not those it was trained from: {listed}; run this where "
+            "those data are, or pass them to with_source(model, source)"
+        )
+    return source
 
 
 def _points(source: Source, seed: int, first: int, last: int) -> Tensor:

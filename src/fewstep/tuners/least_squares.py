@@ -97,7 +97,7 @@ def fit(field: Field, noise: State, solution: Reference, start: Sampler, *, ridg
     features = torch.empty(n + 1, batch, *noise.shape[1:], dtype=noise.dtype, device=noise.device)
     features[0] = noise
     gram = torch.zeros(n + 1, n + 1, dtype=torch.float64)
-    floor = torch.finfo(noise.dtype).eps ** 0.5
+    rounding = 100 * torch.finfo(noise.dtype).eps
     table = torch.cat([start.a[:, None], start.b], dim=1).clone()  # row i: weights of the noise and of the outputs
     error = float("nan")
     with torch.no_grad():
@@ -107,7 +107,7 @@ def fit(field: Field, noise: State, solution: Reference, start: Sampler, *, ridg
             newest, moments, square = _inner(features[used], target)
             gram[used, i] = gram[i, used] = newest
             if i > 0 or float(start.times[0]) > 0.0:
-                table[i, used] = _solve(gram[used, used], moments, table[i, used], ridge, floor)
+                table[i, used] = _solve(gram[used, used], moments, table[i, used], ridge, rounding)
             if i < n:
                 weights = table[i, used].to(features)
                 state = torch.tensordot(weights, features[used], dims=1)
@@ -135,14 +135,15 @@ def _inner(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return newest, moments, square
 
 
-def _solve(gram: Tensor, moments: Tensor, start: Tensor, ridge: float, floor: float) -> Tensor:
-    """Minimise |F c - target|^2 + ridge |c - start|^2 in the features' own scale, which is at least `floor` times the largest.
+def _solve(gram: Tensor, moments: Tensor, start: Tensor, ridge: float, rounding: float) -> Tensor:
+    """Minimise |F c - target|^2 + ridge |c - start|^2 in the features' own scale.
 
-    A feature that is zero up to rounding (the first velocity of symmetric data) then keeps its weight: scaled up it would fit.
+    A feature that is zero up to `rounding`, relative to the largest, keeps its weight (the first velocity of symmetric data on
+    Cosine): in its own scale it is noise, and noise of a kind that fits.
     """
     scale = gram.diagonal().sqrt()
-    scale = scale.clamp(min=max(floor * float(scale.max()), 1e-30))
-    scaled = gram / scale / scale[:, None]
-    right = (moments - gram @ start) / scale
-    step = torch.linalg.solve(scaled + ridge * torch.eye(len(gram), dtype=torch.float64), right)
-    return start + step / scale
+    real = scale > max(rounding * float(scale.max()), 1e-30)
+    scale, right = scale[real], (moments - gram @ start)[real]
+    scaled = gram[real][:, real] / scale / scale[:, None]
+    step = torch.linalg.solve(scaled + ridge * torch.eye(len(scale), dtype=torch.float64), right / scale)
+    return start.masked_scatter(real, start[real] + step / scale)

@@ -18,7 +18,7 @@ from ..sampler import Sampler
 from .bespoke import precondition
 from .boss import Boss
 from .gauss_newton import Found, Write, gauss_newton, halves, learnt
-from .least_squares import fit
+from .least_squares import LeastSquares, fit
 from .options import positive, positives, share
 
 
@@ -36,7 +36,7 @@ class NonStationary:
         log_loss: minimise the mean logarithm of the error (eq. 13) instead of the mean error.
         tol: tolerance of the reference solution.
 
-    Costs per sample: the reference's calls and BOSS's, 2 nfe for every width, and for every iteration about nfe^3 / 3 field
+    Costs per sample: the reference's calls and BOSS's, 3 nfe for every width, and for every iteration about nfe^3 / 3 field
     calls (148 at 8, 255 at 10).
 
     Raises:
@@ -82,7 +82,8 @@ class NonStationary:
             Boss()(field, noise, nfe=nfe) if width == 1.0 else precondition(nfe, width, start_scale(field))
             for width in self.widths
         ]
-        fits = [fit(field, noise, fitting.solution, table)[0] for table in tables]
+        ridges = LeastSquares().ridges
+        fits = [fit(field, noise, fitting.solution, table, ridge=ridge)[0] for table in tables for ridge in ridges]
         return min([*fits, *tables], key=held.score)
 
 

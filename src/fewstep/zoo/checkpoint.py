@@ -79,6 +79,13 @@ class TrainingRecord(Strict):
         return [self, *(self.start.runs() if self.start else [])]
 
 
+class SourceRecord(Strict):
+    """What the paths of a model start from, if not noise: see `SourcePoints`."""
+
+    name: Annotated[str, Field(min_length=1, max_length=4096)]
+    facts: dict[str, Any] | None
+
+
 class ModelConfig(Strict):
     """``config.json``."""
 
@@ -97,7 +104,7 @@ class ModelConfig(Strict):
     data_range: Annotated[list[float], Field(min_length=2, max_length=2)] | None
     weights_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     training: TrainingRecord | None
-    source: Annotated[str, Field(min_length=1, max_length=4096)] | None = None
+    source: SourceRecord | None = None
 
 
 def save_model(
@@ -148,7 +155,7 @@ def save_model(
         "data_range": None if data_range is None else [float(v) for v in data_range],
         "weights_sha256": hashlib.sha256(weights).hexdigest(),
         "training": training,
-        "source": None if model.source is None else model.source.name,
+        "source": None if model.source is None else {"name": model.source.name, "facts": model.source.facts},
     }
     try:
         unsaid = {"source"} if model.source is None else set()
@@ -200,7 +207,7 @@ def read_model(directory: str | Path) -> Model:
         null_label=config.null_label,
         classes=config.classes,
         name=config.name,
-        source=None if config.source is None else SourcePoints(config.source),
+        source=None if config.source is None else SourcePoints(config.source.name, facts=config.source.facts),
     )
 
 
