@@ -117,7 +117,7 @@ def spread(count: int, limit: int | None, where: str) -> np.ndarray:
 
     Example:
         >>> rows = spread(10, 4, "data")
-        >>> all(low <= row < high for row, (low, high) in zip(rows, [(0, 2), (2, 5), (5, 7), (7, 10)]))
+        >>> bool(((rows >= [0, 2, 5, 7]) & (rows < [2, 5, 7, 10])).all())
         True
     """
     if limit is None:
