@@ -117,8 +117,8 @@ def spread(count: int, limit: int | None, where: str) -> np.ndarray:
 
     Example:
         >>> rows = spread(10, 4, "data")
-        >>> bool(((rows >= [0, 2, 5, 7]) & (rows < [2, 5, 7, 10])).all())
-        True
+        >>> ((rows >= [0, 2, 5, 7]) & (rows < [2, 5, 7, 10])).tolist()
+        [True, True, True, True]
     """
     if limit is None:
         return np.arange(count)
