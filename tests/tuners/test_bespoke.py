@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fewstep import EDM, VP, BudgetError, FieldError, JointField, TimeGrid, adapt, load, methods, reference, tabulate
 from fewstep.composite import start_scale
+from fewstep.coordinates import Coordinates
 from fewstep.problem import Problem
 from fewstep.tuners import Bespoke, NonStationary
 from fewstep.tuners.bespoke import precondition, table_of
@@ -279,6 +280,29 @@ def test_the_preconditioned_table_is_euler_at_the_papers_times(sigma0):
             y = y + h * ((1 - sigma0) / s * y + sigma0 / s**2 * s * network(x, r[k] / s))
             x = y / s_end
         assert rms(table(network, noise) - x) < 1e-13
+
+
+@pytest.mark.parametrize("path", [VP(), EDM()], ids=str)
+@pytest.mark.parametrize("base", ["euler", "midpoint"])
+def test_the_start_on_diffusion_paths_is_the_base_method_in_the_angle(path, base):
+    model = mixture(1.5 * randn(4, 3), torch.full((3,), 0.2), path)
+    field, noise = model.given(), randn(16, 3)
+    coordinates = Coordinates.of(field)
+    rate, h = coordinates.field(field), 1 / 8
+    z = noise * (path.start_scale / coordinates.scale(0.0))
+    for i in range(0, 8, STAGES[base]):
+        first = rate(z, i * h)
+        z = z + (h * first if base == "euler" else 2 * h * rate(z + h * first, (i + 1) * h))
+    q = ScaleTime.along(coordinates, 8)
+    for transformation in (q, ScaleTime.of(q.theta)):
+        table = table_of(transformation, base, path.start_scale)
+        found = table(field, noise)
+        assert rms(found - z * coordinates.scale(1.0)) < 2e-4 * rms(z)  # differences stand for derivatives
+    straight = table_of(ScaleTime.widened(8, 1.0), base, path.start_scale)
+    end = reference(field, noise).end
+    print(f"{path}, {base}: in t {rms(straight(field, noise) - end):.3f}, in the angle {rms(found - end):.3f}")
+    if base == "midpoint":
+        assert rms(found - end) < 0.7 * rms(straight(field, noise) - end)
 
 
 @pytest.mark.parametrize("calls", [1, 2, 8])

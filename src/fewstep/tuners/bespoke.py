@@ -12,6 +12,7 @@ from torch import Tensor
 from .._tabulate import write_table
 from .._types import BudgetError, Field, State
 from ..composite import start_scale
+from ..coordinates import Coordinates
 from ..grid import TimeGrid
 from ..problem import judgeable
 from ..sampler import Sampler
@@ -42,7 +43,8 @@ class Bespoke:
         training: "end_to_end" on the end point's error, "bound" on the paper's bound of it (eq. 26), or "both" in turn. The
             bound is the weaker objective (docs/benchmarks.md); it is here to compare with.
         widths: of the noise of the paths that training may start from, see `ScaleTime.widened`: the one whose table has the
-            lowest error is taken. (1.0,) is the identity, the paper's start.
+            lowest error is taken. (1.0,) is the identity, the paper's start. On VP, VE and EDM the angle between noise and data
+            is tried as well, in which the solution is smooth.
         iterations: Gauss-Newton iterations of the end-to-end training.
         bound_iterations: Adam iterations on the bound.
         rate: their learning rate.
@@ -92,7 +94,10 @@ class Bespoke:
         def write(theta: Tensor) -> Sampler:
             return table_of(ScaleTime.of(theta), self.base, scale)
 
-        theta = min((ScaleTime.widened(nfe, width).theta for width in self.widths), key=lambda q: fitting.score(write(q)))
+        starts, coordinates = [ScaleTime.widened(nfe, width) for width in self.widths], Coordinates.of(field)
+        if coordinates.path is not None:  # velocities are unbounded in t
+            starts.append(ScaleTime.along(coordinates, nfe))
+        theta = min((q.theta for q in starts), key=lambda theta: fitting.score(write(theta)))
         table = write(theta)
         judgeable(table, held)
         if self.training != "end_to_end":

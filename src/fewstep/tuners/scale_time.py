@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._types import Field, State
+from ..coordinates import Coordinates
 from ..problem import Problem
 from ..sampler import Sampler
 from .gauss_newton import Write, knots_of
@@ -19,6 +20,9 @@ STAGES = {"euler": 1, "midpoint": 2}
 
 ONE = math.log(math.expm1(1.0))
 """softplus of this is one."""
+
+NEAR = 1e-7
+"""Between the places of a difference in r."""
 
 CHECK = 10
 """Iterations on the bound between looks at the held-out noise."""
@@ -56,6 +60,20 @@ class ScaleTime:
         r = torch.arange(calls + 1, dtype=torch.float64) / calls
         s = r + sigma0 * (1 - r)
         return ScaleTime(r / s, sigma0 / s[:-1] ** 2, s / sigma0, torch.full_like(r[1:], (1.0 - sigma0) / sigma0))
+
+    @staticmethod
+    def along(coordinates: Coordinates, calls: int) -> "ScaleTime":
+        """To the variables in which the solution is smooth, x over its scale in the clock of `coordinates`."""
+        r = torch.arange(calls + 1, dtype=torch.float64) / calls
+
+        def scales(t: Tensor) -> Tensor:
+            return torch.tensor([coordinates.scale(float(time)) for time in t], dtype=torch.float64)
+
+        before, after = (r[:-1] - NEAR).clamp(min=0.0), r[:-1] + NEAR
+        (t0, s0), (t1, s1) = ((t, coordinates.scale(0.0) / scales(t)) for t in map(coordinates.time, (before, after)))
+        inner = coordinates.time(r[1:-1])
+        t = torch.cat([r[:1], inner, r[-1:]])
+        return ScaleTime(t, (t1 - t0) / (after - before), coordinates.scale(0.0) / scales(t), (s1 - s0) / (after - before))
 
     @property
     def theta(self) -> Tensor:
