@@ -21,7 +21,8 @@ from fewstep.grid import TimeGrid
 from fewstep.training.data import FiniteSource, open_source
 from fewstep.training.finish import CURVE
 from fewstep.trajectory import record, reference
-from fewstep.zoo.checkpoint import WEIGHTS, TrainingRecord, read_config, read_model
+from fewstep.zoo.checkpoint import WEIGHTS, read_config, read_model
+from fewstep.zoo.records import TrainingRecord
 
 SHAPE, CLASSES = (1, 8, 8), 10
 SAMPLES = 2000

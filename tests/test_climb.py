@@ -335,7 +335,7 @@ def test_the_default_noise_is_enough_for_any_budget():
         climb._check_enough(torch.zeros(shape), effort, nfe)
 
 
-def test_a_field_that_every_table_solves_is_tuned(capsys):
+def test_a_field_that_every_table_solves_is_tuned():
     straight = adapt(lambda x, t: torch.ones_like(x), shape=(4,))
     result = tune(straight, nfe=2, effort="fit")
     assert result[2].nfe == 2

@@ -119,16 +119,15 @@ def evaluate(
     """
     from .evaluation import compare
     from .naming import resolve
-    from .noise import draw
+    from .noise import draw_sets
     from .report import write_report
 
     if out is not None:
         writable(out)
     loaded = load_model(model)
     conditions = parse_conditions(which.condition, which.guidance) or [{}]
-    shape = (noise * len(conditions), *_shape(loaded))
-    device = loaded.device_dtype()[0]
-    fitting, test = (draw(shape, seed, k, loaded.source).to(device) for k in (0, 2))
+    count, device = noise * len(conditions), loaded.device_dtype()[0]
+    fitting, _, test = (drawn.to(device) for drawn in draw_sets((count,) * 3, _shape(loaded), seed, loaded.source))
     field = _field(loaded, conditions, _labels(loaded, noise), noise)
     found = {}
     for name in samplers:

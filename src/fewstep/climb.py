@@ -111,10 +111,10 @@ def _ground(
     if isinstance(noise, Tensor):
         half = model is not None and noise.dtype in (torch.float16, torch.bfloat16)
         sets[0] = noise.float() if half else noise  # a state in half precision loses what steps add
-        fitting, selection, test = (each.to(sets[0]) for each in sets)
+        fitting, selection, test = (drawn.to(sets[0]) for drawn in sets)
     else:
         device = model.device_dtype()[0] if model is not None else torch.device("cpu")
-        fitting, selection, test = (each.to(device) for each in sets)
+        fitting, selection, test = (drawn.to(device) for drawn in sets)
     if not isinstance(source, Model):
         return Ground(source, fitting, selection, source, test)
     return Ground(_joint(source, conditions, each), fitting, selection, _joint(source, conditions, more), test)

@@ -44,7 +44,8 @@ def needed(numbers: float, size: int, fewest: int = FEWEST) -> int:
 def draw(shape: Sequence[int], seed: int, which: int, source: SourcePoints | None = None) -> Tensor:
     """Standard normal noise, or what a model's paths start from.
 
-    `which` tells fitting (0), selection (1) and test (2) noise apart, and further sets; of a source the sets of `draw_sets`.
+    `which` tells fitting (0), selection (1) and test (2) noise apart, and further sets. Where these three are of a source, they
+    are those of `draw_sets`: another `which` is another order of the same data.
     """
     if source is not None:
         return source(seed * 1009 + which, 0, shape[0])

@@ -22,7 +22,7 @@ from fewstep.tuners.gauss_newton import (
 from fewstep.tuners.nonstationary import numbers_of, rows_of
 from fewstep.tuners.scale_time import ScaleTime, run
 from fewstep.zoo.mixtures import mixture
-from problems import SmoothNetwork, randn, rms
+from problems import SmoothNetwork, cancelling_wave, randn, rms
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # thousands of field calls
 
@@ -326,13 +326,9 @@ def test_one_noise_per_condition_cannot_validate():
 
 
 def test_a_reference_that_is_less_accurate_than_the_start_is_refused():
-    # Midpoint's four values of this wave cancel as its integral does; the coarse reference is wrong inside.
-    def wave(x, t):
-        return 5 * torch.cos(torch.as_tensor(6 * math.pi * t, dtype=x.dtype)) * torch.ones_like(x)
-
     noise, table = randn(48, 3), tabulate(methods.midpoint, TimeGrid.uniform(4))
     write, theta = rows_of(table), numbers_of(table)
-    fitting, held = halves(wave, noise, numbers=len(theta) // 2, holdout=0.25, tol=1.0)
+    fitting, held = halves(cancelling_wave, noise, numbers=len(theta) // 2, holdout=0.25, tol=1.0)
     assert held.score(table) < 1e-12 < held.solution.error
     with pytest.raises(
         FieldError, match=r"the reference is only accurate to \S+, the table to start from errs by \S+; give a lower tol"

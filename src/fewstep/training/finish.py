@@ -15,7 +15,8 @@ from safetensors.torch import save as save_tensors
 from .._disk import atomic_write
 from ..field import Model
 from ..outputs import picture
-from ..zoo.checkpoint import WEIGHTS, Precision, TrainingRecord, save_model
+from ..zoo.checkpoint import WEIGHTS, save_model
+from ..zoo.records import Precision, TrainingRecord
 from .assemble import Parts
 from .ingredients import Own
 from .measure import draw

@@ -11,8 +11,9 @@ from pathlib import Path
 from .._disk import one_line, short
 from .._types import FewstepError
 from ..field import Model
-from .checkpoint import CONFIG, ModelConfig, TrainingRecord, read_config, read_model, save_model
+from .checkpoint import CONFIG, read_config, read_model, save_model
 from .network import ResidualMLP
+from .records import ModelConfig, TrainingRecord
 
 __all__ = [
     "ModelConfig",
