@@ -27,7 +27,7 @@ EFFORTS = ("fit", "learn")
 NOTES = {
     "pfdiff": (
         "(k, l) and grid (uniform in t, log-SNR or EDM's) of each row are the best by RMSE on other noise, that which the "
-        "solvers above learn from.",
+        "solvers above learn from. PFDiff has six (k, l) to choose from, its halves three (l = 1).",
     ),
     "guidance": ("32 noises for each value, for one table as for three.",),
 }
