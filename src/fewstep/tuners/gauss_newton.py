@@ -12,14 +12,15 @@ knots of a method (`LearnedKnots`).
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .._precision import exact_products
 from .._types import FewstepError, Field, FieldError, State
-from ..composite import CountedField, dtype_of
+from ..composite import CountedField, dtype_of, path_of
 from ..noise import needed
 from ..problem import Problem, Score, judgeable
 from ..sampler import Sampler
@@ -30,6 +31,9 @@ Write = Callable[[Tensor], Sampler]
 
 MEMORY = 1 << 25
 """Largest number of elements of the tangents of all calls; more noise is taken in pieces, more numbers in groups."""
+
+TOGETHER = 1 << 19
+"""Elements of a batch of copies of the noise, at most."""
 
 DAMPINGS = (0.1, 1.0, 10.0)
 """Factors on the damping that every iteration tries."""
@@ -56,6 +60,7 @@ class Found:
     diverged: bool
 
 
+@exact_products()
 def gauss_newton(
     write: Write,
     theta: Tensor,
@@ -241,13 +246,13 @@ def _propagate(table: Sampler, d_times: Tensor, d_rows: Tensor, problem: Problem
         for i in range(n):
             features[i + 1] = ask(torch.tensordot(rows[i, : i + 1], features[: i + 1], dims=1), float(table.times[i]))
         for group in torch.arange(p).split(max(1, MEMORY // (n * noise.numel()))):
-            tangents[group] = _tangents(table, rows, features, d_times[:, group], d_rows[..., group], ask)
+            tangents[group] = _tangents(table, rows, features, d_times[:, group], d_rows[..., group], problem)
         return torch.tensordot(rows[n], features, dims=1), tangents
 
 
-def _tangents(table: Sampler, rows: Tensor, features: Tensor, d_times: Tensor, d_rows: Tensor, ask: Field) -> Tensor:
+def _tangents(table: Sampler, rows: Tensor, features: Tensor, d_times: Tensor, d_rows: Tensor, problem: Problem) -> Tensor:
     """The derivative of the end point in some of the numbers, (numbers, batch, ...)."""
-    n, p, step = table.nfe, d_times.shape[1], difference(ask)
+    n, p = table.nfe, d_times.shape[1]
     moved = features.new_zeros(n, p, *features.shape[1:])  # d output / d number
     for i in range(n + 1):
         used = slice(0, i + 1)
@@ -256,17 +261,33 @@ def _tangents(table: Sampler, rows: Tensor, features: Tensor, d_times: Tensor, d
             dx += torch.tensordot(rows[i, 1 : i + 1], moved[:i], dims=1)
         if i == n:
             return dx
-        x, u, t = torch.tensordot(rows[i, used], features[used], dims=1), features[i + 1], float(table.times[i])
-        size = float(x.square().mean().sqrt())
-        sizes = dx.flatten(1).square().mean(1).sqrt().tolist()
-        for k, (length, dt) in enumerate(zip(sizes, d_times[i].tolist(), strict=True)):
-            if length == 0.0 and dt == 0.0:
-                continue  # this number only acts later
-            h = step / max(length / max(size, 1e-12), abs(dt))
-            if not 0.0 <= t + h * dt <= 1.0:
-                h = -h
-            moved[i, k] = (ask(x + h * dx[k], t + h * dt) - u) / h
+        x = torch.tensordot(rows[i, used], features[used], dims=1)
+        for some, change in _changes(problem, x, features[i + 1], float(table.times[i]), dx, d_times[i]):
+            moved[i, some] = change
     raise AssertionError("unreachable: the last row returns")
+
+
+def _changes(problem: Problem, x: Tensor, u: Tensor, t: float, dx: Tensor, dt: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """How the output `u` at (x, t) changes along each of the directions (dx, dt) that are not zero: (which, changes) in groups.
+
+    A group is one batch of as many copies of the noise: a small batch leaves most of a processor idle.
+    """
+    lengths, size = dx.flatten(1).square().mean(1).sqrt().cpu().double(), max(float(x.square().mean().sqrt()), 1e-12)
+    h = difference(problem.field) / torch.maximum(lengths / size, dt.abs()).clamp(min=1e-300)
+    h = torch.where((t + h * dt >= 0.0) & (t + h * dt <= 1.0), h, -h)
+    most = max(1, TOGETHER // x.numel())
+    alone = path_of(problem.field) is None  # a bare function may only know one time for all
+    moving = ((dt != 0.0).nonzero()[:, 0], 1 if alone else most)
+    for which, least in (((lengths > 0.0) & (dt == 0.0)).nonzero()[:, 0], most), moving:
+        for some in which.split(least) if len(which) else ():
+            field, copies, noises = problem.tiled(len(some))
+            steps = h[some][copies].to(x).view(-1, *[1] * (x.ndim - 1))
+            times = t + h[some] * dt[some]
+            time = float(times[0]) if len(some) == 1 or not bool(dt[some].any()) else times[copies].to(x.device)
+            change = (field(x[noises] + steps * dx[some][copies, noises], time) - u[noises]) / steps
+            made = change.new_empty(len(some), *x.shape)
+            made[copies, noises] = change
+            yield some, made
 
 
 def difference(field: Field) -> float:
