@@ -110,6 +110,7 @@ class Model:
         if label is not None:
             self._check_label(label)
             shared[self.label_key] = label
+        shared = self._placed(shared)
         unconditional: Condition | None = None
         if guidance != 1.0:
             unconditional = self._null_condition(shared, null)
@@ -117,6 +118,11 @@ class Model:
         if classifier is not None:  # the score's weight in the velocity is infinite where alpha is zero
             first = max(first, self.path.margin)
         return ModelField(self, shared, guidance, unconditional, classifier, classifier_scale, first, last)
+
+    def _placed(self, given: Condition) -> dict[str, Any]:
+        """With its tensors where the network is, so that calls need not move them."""
+        weight = self.weight()
+        return {k: v.to(weight.device) if isinstance(v, Tensor) and weight is not None else v for k, v in given.items()}
 
     def _check_label(self, label: int | Tensor) -> None:
         if self.classes is None:
@@ -128,7 +134,7 @@ class Model:
 
     def _null_condition(self, shared: Condition, null: Condition | None) -> Condition:
         if null is not None:
-            return null
+            return self._placed(null)
         if self.null_label is None or self.label_key not in shared:
             raise FieldError(
                 f"guidance needs a condition and its absence: {self.name} has "
@@ -226,11 +232,14 @@ class ModelField:
 
     def take(self, index: slice | Tensor) -> "ModelField":
         """The field for some of the samples: conditions given per sample are cut likewise."""
-        cut = {k: v[index] if isinstance(v, Tensor) and v.ndim and v.shape[0] > 1 else v for k, v in self.condition.items()}
-        null = self.null and {
-            k: v[index] if isinstance(v, Tensor) and v.ndim and v.shape[0] > 1 else v for k, v in self.null.items()
-        }
-        return replace(self, condition=cut, null=null)
+
+        def rows(value: Any) -> Any:
+            if not (isinstance(value, Tensor) and value.ndim and value.shape[0] > 1):
+                return value
+            return value[index.to(value.device) if isinstance(index, Tensor) else index]
+
+        cut = {k: rows(v) for k, v in self.condition.items()}
+        return replace(self, condition=cut, null=self.null and {k: rows(v) for k, v in self.null.items()})
 
     def _native(self, x: Tensor, t: Time) -> Tensor:
         """The network's bare output, guidance applied (guidance weights sum to one, so it commutes with conversion)."""

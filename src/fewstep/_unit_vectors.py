@@ -220,7 +220,7 @@ def _drive(scheduler: Any, known: Convention) -> _Run:
     # A channel per coordinate: what looks at several values at once (a quantile) looks at all of them.
     x = start.view(1, -1, 1, 1) * float(scheduler.init_noise_sigma if hasattr(scheduler, "init_noise_sigma") else 1.0)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), quiet(), _Doubles():
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # `torch.manual_seed` would seed the caller's GPUs too
         fresh = torch.get_rng_state()
         for k, t in enumerate(steps):
             seen = scale(x, t)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import __version__
+from ._precision import exact_products
 from ._types import BudgetError, Field, FieldError
 from .composite import JointField, source_of
 from .field import Model, ModelField
@@ -20,6 +21,7 @@ from .progress import Stages
 from .result import TuneResult
 
 
+@exact_products()
 def tune(
     model_or_field: Model | Field,
     *,

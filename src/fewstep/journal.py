@@ -131,6 +131,8 @@ def identity(field: Field, noise: Tensor, *words: object) -> str:
     """A hash of what a result depends on: the field's own output on some noise, the noise, and the settings."""
     found = hashlib.sha256(repr(words).encode())
     found.update(_bytes(noise))
+    if noise.device.type != "cpu":  # what is kept is on the CPU
+        found.update(noise.device.type.encode())
     with torch.no_grad():
         found.update(field(noise, 0.5).detach().float().cpu().numpy().tobytes())
     return found.hexdigest()

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ._precision import exact_products
 from ._types import Field, FieldError, State, Time
 from .composite import CountedField, dtype_of, path_of, span_of, start_scale
 from .coordinates import Coordinates
@@ -121,6 +122,7 @@ class Solve:
         self._most, self._steps, self._change = most_steps, FEWEST_STEPS, float("inf")
         self._last: Reference | None = None
 
+    @exact_products()
     def to(self, tol: float) -> Reference:
         """The solution at the first resolution whose estimated error is at most `tol`.
 
@@ -215,7 +217,7 @@ def dopri5(field: Field, noise: State, *, tol: float = 1e-3, times: tuple[float,
     from torchdiffeq import odeint
 
     counted = CountedField(field)
-    ends = torch.tensor(times, dtype=torch.float64)
+    ends = torch.tensor(times, dtype=torch.float64, device=noise.device)
     with torch.no_grad():
         path = odeint(lambda t, x: counted(x, float(t)), noise * start_scale(field), ends, rtol=tol, atol=tol, method="dopri5")
     assert isinstance(path, Tensor)

@@ -205,7 +205,7 @@ def _frechet_estimate(sample: Tensor, data: Tensor | None) -> Estimate:
         raise ValueError(f"data must have the samples' shape {tuple(sample.shape[1:])}, got {tuple(data.shape[1:])}")
     if fewest <= size:
         raise ValueError(f"a Frechet distance in {size} dimensions needs more than {size} samples on both sides, got {fewest}")
-    return frechet_estimate(sample, data)
+    return frechet_estimate(sample, data.to(sample.device))
 
 
 def by_name(samplers: Sequence[Sampler]) -> dict[str, Sampler]:

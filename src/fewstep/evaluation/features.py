@@ -148,7 +148,7 @@ class Extractor:
             FewstepError: images outside the limits, a network that fails on them, or features that are NaN or have no batch.
         """
         limits, network = self._check_images(images), self.network
-        weight = adapt(network).weight()
+        weight = adapt(getattr(network, "__self__", network)).weight()  # of a method: its module's
         asked = images if weight is None else images.to(weight.device, weight.dtype)
         try:
             found = _in_evaluation_mode(network, asked)

@@ -83,7 +83,7 @@ def _adaptive(rate: Any, z: Tensor, length: float, size: int, tol: float) -> Ten
         """The integral is one number among many: on its own it is held to the tolerance, too."""
         return torch.maximum(*(part.abs().square().mean().sqrt() for part in (error[:, :size], error[:, size:])))
 
-    ends = torch.tensor([0.0, length], dtype=torch.float64)
+    ends = torch.tensor([0.0, length], dtype=torch.float64, device=z.device)
     options = {"norm": norm, "max_num_steps": MOST_STEPS, "first_step": _first_step(rate, z, length, tol, norm)}
     try:
         path = odeint(lambda s, y: rate(y, s), z, ends, rtol=tol, atol=tol, method="dopri5", options=options)

@@ -1,7 +1,7 @@
 """The training loop: one, flat, for every recipe.
 
 Everything random in step s depends on (seed, s, place in the batch) and nothing else, so a resumed run ends with the weights of
-an undisturbed one, bit for bit, and several processes see the batches that one would see.
+an undisturbed one, on a CPU bit for bit, and several processes see the batches that one would see.
 """
 
 import math
@@ -87,7 +87,7 @@ def train(
     run, steps = session.run, recipe.steps
     show_it = progress and session.main
     with (
-        torch.random.fork_rng(devices=[]),
+        torch.random.fork_rng(devices=[session.device] if session.device.type == "cuda" else []),
         interrupted() as asked,
         closing(session.ahead),
         shown(run, steps, recipe.batch, keeping, show_it) as show,
