@@ -10,6 +10,7 @@ of as many real images. An interrupted run goes on with the cells that are missi
 digits-vp and digits-edm are trained here first, some minutes each: VP with v-prediction, and EDM's path and preconditioning.
 """
 
+import re
 import sys
 import time
 import warnings
@@ -22,6 +23,7 @@ from typing import Any
 
 import cyclopts
 import torch
+from torch import Tensor, nn
 
 sys.path.append(str(Path(__file__).parents[1] / "experiments"))
 
@@ -46,9 +48,12 @@ from fewstep import (
     tune,
 )
 from fewstep._errors import BudgetError
+from fewstep._precision import exact_products
 from fewstep.candidates import candidates, grids
 from fewstep.evaluation import BiasWarning, Extractor, Features, Group
 from fewstep.evaluation import Row as Measured
+from fewstep.evaluation.generation import CHUNK
+from fewstep.ladder import Effort
 from fewstep.methods import Method
 from fewstep.noise import draw
 from fewstep.path import AffinePath, CondOT
@@ -100,6 +105,8 @@ class Config:
     """Noises for each of the solvers one by one, of which a quarter chooses; they are tested on four times `noises`."""
     seeds: int = 3
     """Of the images."""
+    device: str = "cpu"
+    """Where networks run, such as cuda."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +122,7 @@ class Case:
         house = Path(HOUSE[self.name])
         if self.name in DIGITS and not (house / "config.json").exists():
             train(DIGITS[self.name], house, resume=bool(checkpoints(house)), progress=True)
-        return load(HOUSE[self.name])
+        return on(load(HOUSE[self.name]), self.config.device)
 
     @property
     def budgets(self) -> tuple[int, ...]:
@@ -141,23 +148,28 @@ class Case:
         """All classes in turn."""
         return self.model.given(torch.arange(count) % self.model.classes, guidance=guidance)  # type: ignore[operator]  # has classes
 
+    def noise(self, count: int, which: int) -> Tensor:
+        """See `fewstep.noise.draw`."""
+        assert self.model.shape is not None
+        return draw((count, *self.model.shape), 0, which).to(self.config.device)
+
     @property
     def tol(self) -> float:
         """Of references: what is measured errs by more, and a finer one costs hours on the CIFAR-10 VP model."""
         return 1e-4 if self.small else 5e-4 if self.flow else 2e-3
 
     @cache  # noqa: B019  # lives as long as the run
+    @exact_products()
     def problem(self, which: int, count: int, guidance: float = 1.0) -> Problem:
         """Noise (7: the test noise; 0: what is learnt and chosen by) and its converged solution."""
-        assert self.model.shape is not None
-        noise = draw((count, *self.model.shape), 0, which)
-        field = self.field(count, guidance)
+        noise, field = self.noise(count, which), self.field(count, guidance)
         return Problem(field, noise, reference(field, noise, tol=self.tol))
 
     def test(self, guidance: float = 1.0, times: int = 1) -> Problem:
         """The test noise, `times` as much as configured."""
         return self.problem(7, times * self.config.noises, guidance)
 
+    @exact_products()
     def errors(
         self, tables: Mapping[str, Sampler], groups: Mapping[str, Group] | None = None, guidance: float = 1.0, times: int = 1
     ) -> Row:
@@ -180,9 +192,9 @@ class Case:
             from fewstep.training.data import open_source
 
             source: Any = open_source(self.config.data)
-            net, _ = classifier(CLASSIFIER, source, (torch.empty(0), torch.empty(0)), 0)
+            net = classifier(CLASSIFIER, source, (torch.empty(0), torch.empty(0)), 0)[0].to(self.config.device)
             images = source.data[:10_000].float() / 127.5 - 1
-            extractor = Extractor("CIFAR-10 classifier", net.features_and_spatial)
+            extractor = Extractor("CIFAR-10 classifier", lambda x: net.features_and_spatial(x.to(self.config.device)))
         return features_of(images, extractor), extractor
 
     def images(self, tables: Mapping[str, Sampler], guidance: float = 1.0, against: str | None = None) -> Row:
@@ -192,7 +204,7 @@ class Case:
             warnings.simplefilter("ignore", BiasWarning)  # the floor beside it says how large the bias is
             report = compare_images(
                 tables, self.model, real, self.config.count, extractor=extractor, seeds=range(self.config.seeds),
-                guidance=guidance, against=against,
+                guidance=guidance, against=against, batch=128 if self.config.device == "cpu" else CHUNK,
             )  # fmt: skip
         return {r.name: _plain(r) for r in report.rows}
 
@@ -215,10 +227,11 @@ def _table(row: Row) -> Sampler:
     return Sampler(times, a, b).named(row["method"])
 
 
+@exact_products()
 def stock(case: Case, nfe: int, rows: Rows) -> Row:
     """Every stock scheduler as shipped and corrected; Euler, DDIM and Heun on uniform, log-SNR, EDM (Karras) and BOSS grids."""
     field, path = case.field(8), case.model.path
-    boss = Boss().grids(field, draw((8, *case.model.shape), 0, 0), range(1, nfe + 1))  # type: ignore[misc]  # has a shape
+    boss = Boss().grids(field, case.noise(8, 0), range(1, nfe + 1))
     pick = {c.name: c for c in candidates(field, nfe, boss) if c.group != "method"}
     tables = {c.name: c.sampler for c in pick.values()}
     for method in (methods.euler, methods.ddim(path), methods.heun):
@@ -244,6 +257,7 @@ def on_grids(
     return found
 
 
+@exact_products()
 def adaptive(case: Case, rows: Rows) -> Row:
     """Torchdiffeq's dopri5 with the NFE that it took."""
     test, found = case.test(), {}
@@ -254,15 +268,11 @@ def adaptive(case: Case, rows: Rows) -> Row:
     return found
 
 
-def tuned(case: Case, effort: str, budgets: Sequence[int], rows: Rows) -> Row:
+def tuned(case: Case, effort: Effort, budgets: Sequence[int], rows: Rows) -> Row:
     """`tune` at an effort, all budgets at once: errors on this benchmark's test noise, and what tuning cost."""
     start = time.perf_counter()
-    model, count, shape = case.model, case.config.fitting, case.model.shape
-    assert shape is not None
-    result = tune(  # where the noise is given, so much is measured on as well
-        case.field(count) if count else model, nfe=budgets, effort=effort, noise=(count, *shape) if count else None,  # type: ignore[arg-type]  # a literal
-        progress=True,
-    )  # fmt: skip
+    model, count = case.model, case.config.fitting
+    result = tune(model, nfe=budgets, effort=effort, noise=count or None, progress=True)
     facts, passes = result.report.facts, training_passes(HOUSE[case.name])
     assert passes is not None
     found = {}
@@ -280,11 +290,11 @@ def tuned(case: Case, effort: str, budgets: Sequence[int], rows: Rows) -> Row:
     }  # fmt: skip
 
 
+@exact_products()
 def learned(case: Case, nfe: int, rows: Rows) -> Row:
     """The learned solvers one by one at this NFE, from the same noise: error, parameters, network passes, seconds, table."""
-    shape, path, tol, flow = case.model.shape, case.model.path, min(case.tol, 1e-4) if case.flow else case.tol, case.flow
-    assert shape is not None
-    noise = draw((case.config.single, *shape), 0, 0)
+    path, flow, noise = case.model.path, case.flow, case.noise(case.config.single, 0)
+    tol = min(case.tol, 1e-4) if flow else case.tol
     knots: list[Method] = [methods.euler, methods.pfdiff(1, 1)] if flow else [methods.ddim(path)]
     tuners: dict[str, Any] = {"fit (LeastSquares)": LeastSquares(tol=tol), "NonStationary": NonStationary(tol=tol)}
     tuners |= {f"LearnedKnots({m.name})": LearnedKnots(m, tol=tol) for m in knots}
@@ -345,8 +355,8 @@ def families(path: AffinePath) -> dict[str, list[Method]]:
     base, frozen = (methods.euler, "velocity") if flow else (methods.ddim(path), "noise")
     found = {
         base.name: [base],
-        "past only": [past_only(k, l, path) for k, l in ((1, 1), (2, 1), (3, 1))],
-        "future only": [future_only(k, l, path) for k, l in ((1, 1), (2, 1), (3, 1))],
+        "past only": [past_only(k, l, path) for k, l in PAIRS],
+        "future only": [future_only(k, l, path) for k, l in PAIRS],
         f"PFDiff, {base.name}": [methods.pfdiff(k, l, base, frozen) for k, l in PAIRS],
     }
     if not flow:
@@ -366,7 +376,8 @@ def pfdiff(case: Case, nfe: int, guidance: float, rows: Rows) -> Row:
         for method in variants:
             mine |= on_grids(method, path, nfe, ("uniform", "log-snr", "karras"))
         if mine:
-            best[family] = min(mine, key=lambda n: choosing.score(mine[n]))
+            with exact_products():
+                best[family] = min(mine, key=lambda n: choosing.score(mine[n]))
             tables[best[family]] = mine[best[family]]
     seconds = timed(tables, case.test(guidance))
     return {
@@ -378,12 +389,12 @@ def pfdiff(case: Case, nfe: int, guidance: float, rows: Rows) -> Row:
 
 
 def timed(tables: Mapping[str, Sampler], test: Problem, rounds: int = 5) -> dict[str, float]:
-    """Median seconds for 1,000 samples on one thread; the tables take turns, so that the machine's moods hit all alike."""
+    """Median seconds for 1,000 samples; the tables take turns, so that the machine's moods hit all alike."""
     spent: dict[str, list[float]] = {name: [] for name in tables}
     for _ in range(rounds):
         for name, table in tables.items():
             start = time.perf_counter()
-            table(test.field, test.noise)
+            table(test.field, test.noise).sum().item()  # waits for a device
             spent[name].append((time.perf_counter() - start) * 1000 / len(test.noise))
     return {name: float(torch.tensor(s).median()) for name, s in spent.items()}
 
@@ -404,6 +415,13 @@ def ranges(case: Case, nfe: int, rows: Rows) -> Row:
     return found
 
 
+def on(model: Model, device: str) -> Model:
+    """The model with its network there."""
+    assert isinstance(model.network, nn.Module)
+    model.network.to(device)
+    return model
+
+
 def cases(config: Config) -> Iterator[Case]:
     """The models that are there."""
     for name in config.models.split(","):
@@ -421,7 +439,7 @@ def main(
     out: Path = Path(__file__).parent / "results" / "cifar10.json",  # digits.json holds the digits, on more noises
     only: str = "",
 ) -> None:
-    """Run the cells that are missing (with --only, those whose names contain it)."""
+    """Run the cells that are missing (with --only, those in whose names this pattern is found)."""
     cells: dict[str, Cell] = {}
     for case in cases(config):
         parts: dict[str, Callable[[Rows], Row]] = {f"stock/{n}": partial(stock, case, n) for n in (*case.budgets, 20)}
@@ -431,17 +449,18 @@ def main(
             "learn": partial(tuned, case, "learn", case.learnt),
         }
         parts |= {f"images/{n}": partial(distances, case, n) for n in case.budgets}
-        parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.small or n == 8}
-        parts |= {f"learned-images/{n}": partial(learned_images, case, n) for n in case.budgets if case.small or n == 8}
+        parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.small or n >= 8}
+        parts |= {f"learned-images/{n}": partial(learned_images, case, n) for n in case.budgets if case.small or n >= 8}
         parts |= {f"pfdiff/{n}/guidance {w:g}": partial(pfdiff, case, n, w) for n in case.budgets for w in (1.0, 2.0)}
-        parts |= {f"guidance/{n}": partial(ranges, case, n) for n in case.budgets if case.name == "digits" and n in (6, 8)}
-        cells |= {f"{case.name}/{k}": cell for k, cell in parts.items() if only in f"{case.name}/{k}"}
+        ranged = {"digits": (6, 8), "cifar10-flow": (8,)}.get(case.name, ())
+        parts |= {f"guidance/{n}": partial(ranges, case, n) for n in ranged}
+        cells |= {f"{case.name}/{k}": cell for k, cell in parts.items() if re.search(only, f"{case.name}/{k}")}
     fill(
         out,
         replace(config, data=Path(config.data).name),
         cells,
         lambda rows: f"{len(rows)} cells; python benchmarks/cifar10_page.py writes docs/benchmarks.md\n",
-        free=("seeds", "count", "learn"),  # what cells say themselves
+        free=("seeds", "count", "learn", "device"),  # what cells say themselves, and what they depend on for seconds only
     )
 
 

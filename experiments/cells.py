@@ -66,6 +66,8 @@ def fill(
 
 def _write(file: Path, config: dict[str, Any], rows: Rows, table: Callable[[Rows], str]) -> None:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
     atomic_write(file, json.dumps({"config": config, "machine": machine, "cells": rows}, indent=1) + "\n")
     atomic_write(file.with_suffix(".md"), table(rows))
 
@@ -95,7 +97,7 @@ def solved(field: ModelField, noise: Tensor, calls: int, piece: int = 2048) -> T
 def histogram(x: Tensor, edges: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Shares of the points `x` (n, d) in the boxes of a product grid; what lies outside has boxes of its own."""
     place = np.zeros(len(x), dtype=np.int64)
-    for column, edge in zip(x.detach().double().numpy().T, edges, strict=True):
+    for column, edge in zip(x.detach().cpu().double().numpy().T, edges, strict=True):
         place = place * (len(edge) + 1) + np.digitize(column, edge)
     size = int(np.prod([len(edge) + 1 for edge in edges]))
     return np.bincount(place, minlength=size) / len(x)

@@ -149,12 +149,15 @@ def _record(folder: Path) -> Row:
 
 def _measured(config: Config, net: Any, truth: Tensor, pixels: Tensor, labels: Tensor, model: Model) -> Row:
     assert model.shape is not None
-    noise = torch.randn(config.samples, *model.shape, generator=torch.Generator().manual_seed(1))
+    noise, device = (
+        torch.randn(config.samples, *model.shape, generator=torch.Generator().manual_seed(1)),
+        model.device_dtype()[0],
+    )
     drawn = []
     for part in torch.arange(config.samples).split(250):
-        drawn.append(solved(model.given(part % 10), noise[part], config.calls))
+        drawn.append(solved(model.given(part % 10), noise[part].to(device), config.calls).cpu())
     row: Row = {"FD": frechet(embedded(net, torch.cat(drawn)), truth)}
-    bits = bits_per_dim(model.given(labels), pixels, solver=8, max_batch=None)
+    bits = bits_per_dim(model.given(labels), pixels.to(device), solver=8, max_batch=None)
     return row | {"bits/dim": bits.value, "bits/dim low": bits.low, "bits/dim high": bits.high}
 
 
