@@ -10,6 +10,7 @@ of as many real images. An interrupted run goes on with the cells that are missi
 digits-vp and digits-edm are trained here first, some minutes each: VP with v-prediction, and EDM's path and preconditioning.
 """
 
+import json
 import re
 import sys
 import time
@@ -79,6 +80,8 @@ DIGITS = {
 """What is trained here: the digits' recipe with the path and objective of the CIFAR-10 recipes."""
 PAIRS = ((1, 1), (2, 1), (2, 2), (3, 1), (3, 2), (3, 3))
 """(k, l) of PFDiff, as published."""
+FIRST = ROOT / "benchmarks" / "results" / "first-flow-tables.json"
+"""Tables of the flow that was trained before the one in models/, on a tenth of the images."""
 CLASSIFIER = ROOT / "models" / "cifar10-classifier"
 
 
@@ -422,6 +425,16 @@ def on(model: Model, device: str) -> Model:
     return model
 
 
+def moved(case: Case, nfe: int, rows: Rows) -> Row:
+    """Tables that were tuned on another training of the same network, beside this model's own."""
+    tables = {}
+    for effort, found in json.loads(FIRST.read_text())["tables"].items():
+        own = rows.get(f"{case.name}/{effort}", {}).get(str(nfe))
+        if str(nfe) in found and own:
+            tables |= {f"{effort}, own": _table(own["table"]), f"{effort}, transferred": _table(found[str(nfe)])}
+    return case.errors(tables | on_grids(methods.euler, case.model.path, nfe, ("uniform",)))
+
+
 def cases(config: Config) -> Iterator[Case]:
     """The models that are there."""
     for name in config.models.split(","):
@@ -454,6 +467,8 @@ def main(
         parts |= {f"pfdiff/{n}/guidance {w:g}": partial(pfdiff, case, n, w) for n in case.budgets for w in (1.0, 2.0)}
         ranged = {"digits": (6, 8), "cifar10-flow": (8,)}.get(case.name, ())
         parts |= {f"guidance/{n}": partial(ranges, case, n) for n in ranged}
+        if case.name == "cifar10-flow":
+            parts |= {f"moved/{n}": partial(moved, case, n) for n in case.budgets}
         cells |= {f"{case.name}/{k}": cell for k, cell in parts.items() if re.search(only, f"{case.name}/{k}")}
     fill(
         out,

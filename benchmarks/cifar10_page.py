@@ -27,9 +27,13 @@ EFFORTS = ("fit", "learn")
 NOTES = {
     "pfdiff": (
         "(k, l) and grid (uniform in t, log-SNR or EDM's) of each row are the best by RMSE on other noise, that which the "
-        "solvers above learn from. PFDiff has six (k, l) to choose from, its halves three (l = 1).",
+        "solvers above learn from. PFDiff and its halves have the six published (k, l) to choose from.",
     ),
     "guidance": ("32 noises for each value, for one table as for three.",),
+    "moved": (
+        "Tables tuned on the flow that was in `models/` before, the same network after a tenth of the images "
+        "(`benchmarks/results/first-flow-tables.json`), beside those tuned on this one.",
+    ),
 }
 SETTINGS = "{noises} test noises; {fitted}."
 
@@ -200,6 +204,18 @@ def guidance(cells: Cells, model: str) -> str:
     return markdown(("NFE", "guidance", "one table for 1, 2 and 4", "its own table", "best stock of that value"), lines) + "\n"
 
 
+def moved(cells: Cells, model: str) -> str:
+    """Tables of another training."""
+    lines = []
+    for n in budgets(cells, model, "moved"):
+        row = cells[f"{model}/moved/{n}"]
+        for effort in EFFORTS:
+            if f"{effort}, own" in row:
+                found = (row[k]["rmse"] for k in (f"{effort}, own", f"{effort}, transferred", "euler@uniform"))
+                lines.append([str(n), effort, *map(number, found)])
+    return markdown(("NFE", "effort", "own", "transferred", "uniform Euler"), lines) + "\n"
+
+
 def transfer(results: Mapping[str, Any]) -> str:
     """Tables of one model on others."""
     lines = []
@@ -267,16 +283,19 @@ def main() -> None:
             cost(cells, model),
         ]
         parts = {"images": ("Images", distances), "learned": ("The learned solvers one by one", learned),
-                 "pfdiff": ("PFDiff and its halves", pfdiff), "guidance": ("A range of guidance", guidance)}  # fmt: skip
+                 "pfdiff": ("PFDiff and its halves", pfdiff), "guidance": ("A range of guidance", guidance),
+                 "moved": ("Transfer from another training", moved)}  # fmt: skip
         for part, (title, write) in parts.items():
             if budgets(cells, model, part):
                 words += [f"### {title}", *NOTES.get(part, ()), write(cells, model)]
-    moved = HERE / "results" / "transfer.json"
-    if moved.exists():
+    file = HERE / "results" / "transfer.json"
+    if file.exists():
+        tables = json.loads(file.read_text())
         words += [
             "## Transfer between digits models",
-            "`python benchmarks/transfer.py --steps 800 --noises 128`: RMSE at NFE 8, models trained for 800 steps.",
-            transfer(json.loads(moved.read_text())),
+            f"`python benchmarks/transfer.py`: RMSE at NFE {tables['nfe']} on {tables['noises']} test noises, models trained "
+            f"for {tables['steps']:,} steps.",
+            transfer(tables),
         ]
     (DOCS / "benchmarks.md").write_text("\n\n".join(word.strip("\n") for word in words) + "\n")
 

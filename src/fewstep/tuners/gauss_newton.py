@@ -262,8 +262,8 @@ def _tangents(table: Sampler, rows: Tensor, features: Tensor, d_times: Tensor, d
         if i == n:
             return dx
         x = torch.tensordot(rows[i, used], features[used], dims=1)
-        for some, change in _changes(problem, x, features[i + 1], float(table.times[i]), dx, d_times[i]):
-            moved[i, some] = change
+        for some, changes in _changes(problem, x, features[i + 1], float(table.times[i]), dx, d_times[i]):
+            moved[i, some] = changes
     raise AssertionError("unreachable: the last row returns")
 
 
@@ -276,18 +276,18 @@ def _changes(problem: Problem, x: Tensor, u: Tensor, t: float, dx: Tensor, dt: T
     h = difference(problem.field) / torch.maximum(lengths / size, dt.abs()).clamp(min=1e-300)
     h = torch.where((t + h * dt >= 0.0) & (t + h * dt <= 1.0), h, -h)
     most = max(1, TOGETHER // x.numel())
-    alone = path_of(problem.field) is None  # a bare function may only know one time for all
-    moving = ((dt != 0.0).nonzero()[:, 0], 1 if alone else most)
-    for which, least in (((lengths > 0.0) & (dt == 0.0)).nonzero()[:, 0], most), moving:
-        for some in which.split(least) if len(which) else ():
-            field, copies, noises = problem.tiled(len(some))
-            steps = h[some][copies].to(x).view(-1, *[1] * (x.ndim - 1))
-            times = t + h[some] * dt[some]
-            time = float(times[0]) if len(some) == 1 or not bool(dt[some].any()) else times[copies].to(x.device)
-            change = (field(x[noises] + steps * dx[some][copies, noises], time) - u[noises]) / steps
-            made = change.new_empty(len(some), *x.shape)
-            made[copies, noises] = change
-            yield some, made
+    still, moving = ((lengths > 0.0) & (dt == 0.0)).nonzero()[:, 0], dt.nonzero()[:, 0]
+    alone = path_of(problem.field) is None  # a bare function may only know one time for the whole batch
+    groups = [*still.split(most), *moving.split(1 if alone else most)]
+    for some in (group for group in groups if len(group)):
+        field, copies, noises = problem.tiled(len(some))
+        steps = h[some][copies].to(x).view(-1, *[1] * (x.ndim - 1))
+        times = t + h[some] * dt[some]
+        time = float(times[0]) if len(times.unique()) == 1 else times[copies].to(x.device)
+        change = (field(x[noises] + steps * dx[some][copies, noises], time) - u[noises]) / steps
+        changes = change.new_empty(len(some), *x.shape)
+        changes[copies, noises] = change
+        yield some, changes
 
 
 def difference(field: Field) -> float:
