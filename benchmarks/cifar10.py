@@ -288,6 +288,7 @@ def tuned(case: Case, effort: Effort, budgets: Sequence[int], rows: Rows) -> Row
             "parameters": len(numbers_of(table)),
         }
     return found | {
+        "fitting noises": facts["fitting noises"],
         "tuning passes": facts["tuning passes"], "measuring passes": facts["measuring passes"], "training passes": passes,
         "share of training": facts["tuning passes"] / passes, "seconds": round(time.perf_counter() - start, 1),
     }  # fmt: skip

@@ -51,7 +51,7 @@ def drawn(row: Mapping[str, Any]) -> str:
 
 def fitted(count: int) -> str:
     """How many noises the tuners had."""
-    some = f"{count} noises" if count else "its default number of noises (fit 16, learn 32)"
+    some = f"{count} noises" if count else "its default number of noises"
     return f"`tune` fits to {some} and chooses by as many"
 
 
@@ -112,11 +112,19 @@ def cost(cells: Cells, model: str) -> str:
     for effort in EFFORTS:
         row = cells.get(f"{model}/{effort}")
         if row:
-            solved = [n for n in row if n.isdecimal()]
+            solved, noises = [n for n in row if n.isdecimal()], str(row["fitting noises"])
             share = row["tuning passes"] / row["training passes"]
             spent = [f"{row['tuning passes']:,}", f"{share:.2%}", f"{share / len(solved):.3%}", f"{row['measuring passes']:,}"]
-            lines.append([effort, ", ".join(solved), *spent])
-    head = ("effort", "NFE", "tuning, network passes", "of the model's training", "per budget", "measuring, network passes")
+            lines.append([effort, noises, ", ".join(solved), *spent])
+    head = (
+        "effort",
+        "fitting noises",
+        "NFE",
+        "tuning, network passes",
+        "of the model's training",
+        "per budget",
+        "measuring, network passes",
+    )
     return markdown(head, lines) + "\n"
 
 

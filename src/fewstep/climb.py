@@ -45,7 +45,7 @@ def tune(
             closed-form fit of every row with a search of its grid; "learn" adds Gauss-Newton steps on all times and
             coefficients of the best fit. None of them back-propagates through the network.
         noise: fitting noise (batch, *shape), its shape, or the number of noises per condition if the model's shape is known
-            (default: 16, for "learn" 32, more where samples are small; two to four conditions share them, more have a
+            (default: 12, for "learn" 32, more where samples are small; two to four conditions share them, more have a
             quarter each). Selection noise of the same size is drawn, and test noise, at least 32 where `model_or_field` is a
             model.
         conditions: arguments of `Model.given`, one mapping per condition; one table is tuned for all of them. Default: no
