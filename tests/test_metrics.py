@@ -242,6 +242,15 @@ def test_a_network_gives_features_and_spatial_ones_in_evaluation_mode():
     assert names[:2] == ["FD (Network, 40)", "spatial FD (Network, 40)"]
 
 
+def test_a_method_is_treated_as_its_network():
+    network, other = Network().double(), Network().double()
+    x = images(8)
+    found = Extractor("method", network.forward)(x)
+    torch.testing.assert_close(found.values, Extractor.of(network)(x).values)  # in evaluation mode and in its precision
+    assert network.training
+    assert Extractor("method", network.forward).identity != Extractor("method", other.forward).identity
+
+
 def test_batches_of_a_loader_give_what_one_tensor_gives():
     x = images(25)
     whole, parts = features_of(x, batch=7), features_of((part, torch.zeros(len(part))) for part in x.split(4))

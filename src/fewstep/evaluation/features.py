@@ -94,8 +94,8 @@ class Extractor:
 
     Attributes:
         name: what tables call it; of a function, also what tells it from others when work is resumed.
-        network: images (batch, *shape) -> features (batch, dim), or those with spatial features (batch, *any). A module runs
-            where it is, in evaluation mode.
+        network: images (batch, *shape) -> features (batch, dim), or those with spatial features (batch, *any). A module, or
+            one whose method this is, runs where it is, in evaluation mode.
         limits: smallest and largest value of a pixel; None for states that are no images.
 
     Example:
@@ -134,7 +134,13 @@ class Extractor:
     @property
     def identity(self) -> str:
         """Name, limits and weights: what equal features come from."""
-        return f"{self.name} {self.limits} {adapt(self.network).fingerprint()}"
+        return f"{self.name} {self.limits} {adapt(self.module or self.network).fingerprint()}"
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The network, or the module whose method it is; None for other functions."""
+        owner = getattr(self.network, "__self__", self.network)
+        return owner if isinstance(owner, nn.Module) else None
 
     def clipped(self, images: Tensor) -> Tensor:
         """Images inside the limits, as a file of them would be."""
@@ -148,10 +154,10 @@ class Extractor:
             FewstepError: images outside the limits, a network that fails on them, or features that are NaN or have no batch.
         """
         limits, network = self._check_images(images), self.network
-        weight = adapt(getattr(network, "__self__", network)).weight()  # of a method: its module's
+        weight = adapt(self.module or network).weight()
         asked = images if weight is None else images.to(weight.device, weight.dtype)
         try:
-            found = _in_evaluation_mode(network, asked)
+            found = _in_evaluation_mode(self.module, network, asked)
         except Exception as error:  # it is code of the user's, which can raise anything
             why = f"{type(error).__name__}: {error}"
             raise FewstepError(
@@ -216,15 +222,15 @@ def features_of(
     return Features.join(parts)
 
 
-def _in_evaluation_mode(network: Callable[[Tensor], Any], images: Tensor) -> Any:
+def _in_evaluation_mode(module: nn.Module | None, network: Callable[[Tensor], Any], images: Tensor) -> Any:
     """Else batch normalisation would make a sample's features depend on its neighbours."""
-    if not isinstance(network, nn.Module) or not network.training:
+    if module is None or not module.training:
         return network(images)
-    network.eval()
+    module.eval()
     try:
         return network(images)
     finally:
-        network.train()
+        module.train()
 
 
 def _named(name: str) -> Extractor:
