@@ -463,11 +463,10 @@ def main(
             "learn": partial(tuned, case, "learn", case.learnt),
         }
         parts |= {f"images/{n}": partial(distances, case, n) for n in case.budgets}
-        parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.small or n >= 8}
-        parts |= {f"learned-images/{n}": partial(learned_images, case, n) for n in case.budgets if case.small or n >= 8}
+        parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.small or n == 8}
+        parts |= {f"learned-images/{n}": partial(learned_images, case, n) for n in case.budgets if case.small or n == 8}
         parts |= {f"pfdiff/{n}/guidance {w:g}": partial(pfdiff, case, n, w) for n in case.budgets for w in (1.0, 2.0)}
-        ranged = {"digits": (6, 8), "cifar10-flow": (8,)}.get(case.name, ())
-        parts |= {f"guidance/{n}": partial(ranges, case, n) for n in ranged}
+        parts |= {f"guidance/{n}": partial(ranges, case, n) for n in case.budgets if case.name == "digits" and n in (6, 8)}
         if case.name == "cifar10-flow":
             parts |= {f"moved/{n}": partial(moved, case, n) for n in case.budgets}
         cells |= {f"{case.name}/{k}": cell for k, cell in parts.items() if re.search(only, f"{case.name}/{k}")}
