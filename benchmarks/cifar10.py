@@ -353,6 +353,15 @@ def distances(case: Case, nfe: int, rows: Rows) -> Row:
     return case.images(tables, against="best stock")
 
 
+def others(case: Case, nfe: int, rows: Rows) -> Row:
+    """Images of the stock schedulers that come next by error: the best error need not be the best distance."""
+    row = rows[f"{case.name}/stock/{nfe}"]
+    pool = {c.name: c.sampler for c in candidates(case.field(8), nfe, {}) if c.group in ("stock", "corrected")}
+    ranked = sorted((name for name in pool if name in row), key=lambda name: row[name]["rmse"]["value"])
+    ours = next(f for e in ("learn", "fit") if (f := rows.get(f"{case.name}/{e}", {}).get(str(nfe))))
+    return case.images({"tune": _table(ours["table"])} | {name: pool[name] for name in ranked[1:5]}, against="tune")
+
+
 def families(path: AffinePath) -> dict[str, list[Method]]:
     """PFDiff's bases and halves, and PFDiff, each with the (k, l) that it may choose from."""
     flow = isinstance(path, CondOT)
@@ -463,6 +472,7 @@ def main(
             "learn": partial(tuned, case, "learn", case.learnt),
         }
         parts |= {f"images/{n}": partial(distances, case, n) for n in case.budgets}
+        parts |= {f"others/{n}": partial(others, case, n) for n in case.budgets}
         parts |= {f"learned/{n}": partial(learned, case, n) for n in case.budgets if case.small or n == 8}
         parts |= {f"learned-images/{n}": partial(learned_images, case, n) for n in case.budgets if case.small or n == 8}
         parts |= {f"pfdiff/{n}/guidance {w:g}": partial(pfdiff, case, n, w) for n in case.budgets for w in (1.0, 2.0)}

@@ -30,6 +30,10 @@ NOTES = {
         "solvers above learn from. PFDiff and its halves have the six published (k, l) to choose from (the halves "
         "on CIFAR-10 VP: three, l = 1).",
     ),
+    "others": (
+        "The best error need not be the best distance. Less the distance of the learned table (where none was learnt, of the "
+        "fit) on the same noise: above zero with its whole interval, the stock scheduler is worse.",
+    ),
     "guidance": ("32 noises for each value, for one table as for three.",),
     "moved": (
         "Tables tuned on the flow that was in `models/` before, the same network after a tenth of the images "
@@ -141,6 +145,19 @@ def distances(cells: Cells, model: str) -> str:
             shown = [number(metrics[k], 3) if k in metrics else "-" for k in columns]
             lines.append(["-" if name == "real data" else str(n), drawn(row), name, *shown])
     return markdown(("NFE", "images", "sampler", *columns), lines) + "\n\nImages are per sampler and seed, of three seeds.\n"
+
+
+def others(cells: Cells, model: str) -> str:
+    """Images of further stock schedulers."""
+    lines = []
+    for n in budgets(cells, model, "others"):
+        row = cells[f"{model}/others/{n}"]
+        for name, values in row.items():
+            if isinstance(values, dict) and name not in ("real data", "tune"):
+                metrics = {k.split(" (")[0]: v for k, v in values.items() if isinstance(v, dict)}
+                error = f"{cells[f'{model}/stock/{n}'][name]['rmse']['value']:.4f}"
+                lines.append([str(n), drawn(row), name, error, *(number(metrics[k], 3) for k in ("FD", "FD - tune"))])
+    return markdown(("NFE", "images", "sampler", "RMSE", "FD", "FD - tune"), lines) + "\n"
 
 
 def learned(cells: Cells, model: str) -> str:
@@ -291,7 +308,8 @@ def main() -> None:
             "### Cost of tuning, all budgets at once",
             cost(cells, model),
         ]
-        parts = {"images": ("Images", distances), "learned": ("The learned solvers one by one", learned),
+        parts = {"images": ("Images", distances), "others": ("Images of the stock schedulers that come next by error", others),
+                 "learned": ("The learned solvers one by one", learned),
                  "pfdiff": ("PFDiff and its halves", pfdiff), "guidance": ("A range of guidance", guidance),
                  "moved": ("Transfer from another training", moved)}  # fmt: skip
         for part, (title, write) in parts.items():
