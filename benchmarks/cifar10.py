@@ -197,9 +197,10 @@ class Case:
             source: Any = open_source(self.config.data)
             net = classifier(CLASSIFIER, source, (torch.empty(0), torch.empty(0)), 0)[0].to(self.config.device)
             images = source.data[:10_000].float() / 127.5 - 1
-            extractor = Extractor("CIFAR-10 classifier", lambda x: net.features_and_spatial(x.to(self.config.device)))
+            extractor = Extractor("CIFAR-10 classifier", net.features_and_spatial)
         return features_of(images, extractor), extractor
 
+    @exact_products()
     def images(self, tables: Mapping[str, Sampler], guidance: float = 1.0, against: str | None = None) -> Row:
         """Distances to real images by name."""
         real, extractor = self.real()
@@ -439,8 +440,8 @@ def moved(case: Case, nfe: int, rows: Rows) -> Row:
     """Tables that were tuned on another training of the same network, beside this model's own."""
     tables = {}
     for effort, found in json.loads(FIRST.read_text())["tables"].items():
-        own = rows.get(f"{case.name}/{effort}", {}).get(str(nfe))
-        if str(nfe) in found and own:
+        if str(nfe) in found:
+            own = rows[f"{case.name}/{effort}"][str(nfe)]
             tables |= {f"{effort}, own": _table(own["table"]), f"{effort}, transferred": _table(found[str(nfe)])}
     return case.errors(tables | on_grids(methods.euler, case.model.path, nfe, ("uniform",)))
 
@@ -464,6 +465,7 @@ def main(
 ) -> None:
     """Run the cells that are missing (with --only, those in whose names this pattern is found)."""
     cells: dict[str, Cell] = {}
+    wanted = re.compile(only)
     for case in cases(config):
         parts: dict[str, Callable[[Rows], Row]] = {f"stock/{n}": partial(stock, case, n) for n in (*case.budgets, 20)}
         parts |= {"dopri5": partial(adaptive, case)}
@@ -479,13 +481,13 @@ def main(
         parts |= {f"guidance/{n}": partial(ranges, case, n) for n in case.budgets if case.name == "digits" and n in (6, 8)}
         if case.name == "cifar10-flow":
             parts |= {f"moved/{n}": partial(moved, case, n) for n in case.budgets}
-        cells |= {f"{case.name}/{k}": cell for k, cell in parts.items() if re.search(only, f"{case.name}/{k}")}
+        cells |= {f"{case.name}/{k}": cell for k, cell in parts.items() if wanted.search(f"{case.name}/{k}")}
     fill(
         out,
         replace(config, data=Path(config.data).name),
         cells,
         lambda rows: f"{len(rows)} cells; python benchmarks/cifar10_page.py writes docs/benchmarks.md\n",
-        free=("seeds", "count", "learn", "device"),  # what cells say themselves, and what they depend on for seconds only
+        free=("seeds", "count", "learn"),  # what cells say themselves
     )
 
 

@@ -66,8 +66,8 @@ def fill(
 
 def _write(file: Path, config: dict[str, Any], rows: Rows, table: Callable[[Rows], str]) -> None:
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    if torch.cuda.is_available():
-        machine += f", {torch.cuda.get_device_name()}"
+    if config.get("device", "cpu") != "cpu":
+        machine += f", {torch.cuda.get_device_name(config['device'])}"
     atomic_write(file, json.dumps({"config": config, "machine": machine, "cells": rows}, indent=1) + "\n")
     atomic_write(file.with_suffix(".md"), table(rows))
 

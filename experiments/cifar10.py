@@ -149,10 +149,8 @@ def _record(folder: Path) -> Row:
 
 def _measured(config: Config, net: Any, truth: Tensor, pixels: Tensor, labels: Tensor, model: Model) -> Row:
     assert model.shape is not None
-    noise, device = (
-        torch.randn(config.samples, *model.shape, generator=torch.Generator().manual_seed(1)),
-        model.device_dtype()[0],
-    )
+    noise = torch.randn(config.samples, *model.shape, generator=torch.Generator().manual_seed(1))
+    device = model.device_dtype()[0]
     drawn = []
     for part in torch.arange(config.samples).split(250):
         drawn.append(solved(model.given(part % 10), noise[part].to(device), config.calls).cpu())

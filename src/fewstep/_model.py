@@ -120,9 +120,11 @@ class Model:
         return ModelField(self, shared, guidance, unconditional, classifier, classifier_scale, first, last)
 
     def _placed(self, given: Condition) -> dict[str, Any]:
-        """With its tensors where the network is, so that calls need not move them."""
+        """With its tensors on the network's GPU, if it is on one, so that calls need not move them."""
         weight = self.weight()
-        return {k: v.to(weight.device) if isinstance(v, Tensor) and weight is not None else v for k, v in given.items()}
+        if weight is None or not weight.is_cuda:  # weights that are offloaded are elsewhere
+            return dict(given)
+        return {k: v.to(weight.device) if isinstance(v, Tensor) else v for k, v in given.items()}
 
     def _check_label(self, label: int | Tensor) -> None:
         if self.classes is None:

@@ -1,28 +1,38 @@
 """Float32 that is float32."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Convolutions and matrix products of float32 in float32, not in TF32; also a decorator.
+    """Convolutions and matrix products of float32 in float32, not in TF32, where there is a GPU; also a decorator.
 
     TF32 is PyTorch's default for convolutions on NVIDIA GPUs. It errs by 4e-4 per call: a solution to 1e-4 does not converge,
-    and the differences of outputs that `fewstep.tuners.gauss_newton` takes are a third wrong.
+    and the differences of outputs that `fewstep.tuners.gauss_newton` takes are a third wrong. Who has set the precision of
+    operators one by one (``fp32_precision``) is left alone. The setting is the process's: other threads see it, too.
     """
-    places: list[Any] = [getattr(torch.backends.cudnn, "conv", None), torch.backends.cuda.matmul]
-    name, exact = "fp32_precision", "ieee"
-    if not all(hasattr(place, name) for place in places):  # before PyTorch 2.9
-        places, name, exact = [torch.backends.cudnn, torch.backends.cuda.matmul], "allow_tf32", False
-    before = [getattr(place, name) for place in places]
+    if not torch.cuda.is_available():
+        yield
+        return
     try:
-        for place in places:
-            setattr(place, name, exact)
+        before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:  # set one by one
+        yield
+        return
+    try:
+        _set(False, "highest")
         yield
     finally:
-        for place, value in zip(places, before, strict=True):
-            setattr(place, name, value)
+        _set(*before)
+
+
+def _set(convolutions: bool, products: str) -> None:
+    with warnings.catch_warnings():
+        # PyTorch recommends its newer settings, under which a network that asks for these ones raises.
+        warnings.simplefilter("ignore", UserWarning)
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)

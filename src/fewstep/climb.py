@@ -36,7 +36,8 @@ def tune(
 ) -> TuneResult:
     """Find the best sampler of each budget for one model.
 
-    Three sets of noise: candidates are fitted on the first, chosen on the second, and reported on the third.
+    Three sets of noise: candidates are fitted on the first, chosen on the second, and reported on the third. On a GPU TF32 is
+    off meanwhile.
 
     Args:
         model_or_field: a `Model` from `adapt`, or any ``field(x, t) -> velocity``.

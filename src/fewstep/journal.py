@@ -104,7 +104,7 @@ class Journal:
                 del self._entries[key]
         solution, cost = self._made(make)
         tensors = {"knots": solution.knots, "states": solution.states.contiguous(), "rates": solution.rates.contiguous()}
-        if solution.states.nbytes < LARGEST_REFERENCE and not solution.states.is_cuda:
+        if solution.states.nbytes < LARGEST_REFERENCE and solution.states.device.type == "cpu":
             partial = file.with_suffix(".partial")
             save_file(tensors, partial)
             partial.replace(file)

@@ -209,6 +209,7 @@ class Adaptive(NamedTuple):
     nfe: int
 
 
+@exact_products()
 def dopri5(field: Field, noise: State, *, tol: float = 1e-3, times: tuple[float, float] = (0.0, 1.0)) -> Adaptive:
     """Adaptive Dormand-Prince 5(4) of torchdiffeq as a baseline: rtol = atol = `tol`; its NFE is what it needed.
 

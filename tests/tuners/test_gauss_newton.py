@@ -144,6 +144,21 @@ def test_an_iteration_asks_only_for_what_a_number_reaches():
     assert field.calls == 8 + 8 + 7  # numbers that move the time, and those that do not, are asked about together
 
 
+def test_changes_are_the_same_however_many_are_asked_about_together(monkeypatch):
+    model, noise, table = labelled(), randn(6, 3), tabulate(methods.adams(2), TimeGrid.uniform(4))
+    field = CountedField(JointField([model.given(torch.tensor([0, 1, 2])), model.given(torch.tensor([2, 0, 1]))]))
+    theta, write = numbers_of(table), rows_of(table)
+    found, calls = [], []
+    for together in (1, 3 * noise.numel(), 1 << 19):  # one copy, groups of three with a smaller last one, all
+        monkeypatch.setattr(gauss_newton, "TOGETHER", together)
+        field.calls = 0
+        found.append(_propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise, None))[1])
+        calls.append(field.calls)
+    assert calls[0] > calls[1] > calls[2]
+    for tangents in found[1:]:
+        torch.testing.assert_close(tangents, found[0], rtol=1e-5, atol=1e-7)
+
+
 def test_the_network_of_lower_precision_is_moved_further():
     steps = [difference(network_field(dtype)) for dtype in (torch.float64, torch.float32, torch.bfloat16)]
     assert steps == sorted(steps)

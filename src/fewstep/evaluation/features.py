@@ -134,7 +134,7 @@ class Extractor:
     @property
     def identity(self) -> str:
         """Name, limits and weights: what equal features come from."""
-        return f"{self.name} {self.limits} {adapt(self.module or self.network).fingerprint()}"
+        return f"{self.name} {self.limits} {adapt(self.network if self.module is None else self.module).fingerprint()}"
 
     @property
     def module(self) -> nn.Module | None:
@@ -154,10 +154,11 @@ class Extractor:
             FewstepError: images outside the limits, a network that fails on them, or features that are NaN or have no batch.
         """
         limits, network = self._check_images(images), self.network
-        weight = adapt(self.module or network).weight()
+        owner = self.module
+        weight = None if owner is None else adapt(owner).weight()
         asked = images if weight is None else images.to(weight.device, weight.dtype)
         try:
-            found = _in_evaluation_mode(self.module, network, asked)
+            found = _in_evaluation_mode(owner, network, asked)
         except Exception as error:  # it is code of the user's, which can raise anything
             why = f"{type(error).__name__}: {error}"
             raise FewstepError(

@@ -36,7 +36,7 @@ def precision_recall(x: Tensor, y: Tensor, *, k: int = 3) -> tuple[Estimate, Est
     if not 1 <= k < fewest:
         raise ValueError(f"k must be at least 1 and less than the samples of either side ({fewest} without a block), got {k}")
     x, y = shuffled(x).double(), y.double()
-    reach = torch.cat([part.topk(k, largest=False).values[:, -1:] for part in _distances(y)])  # a third of kthvalue's time
+    reach = torch.cat([part.topk(k, largest=False).values[:, -1:] for part in _distances(y)])  # no block of them is left out
     inside = _within(x, y, reach)[:, 0]
     covered = _within(y, x, _radii(x, k)).double().mean(0).tolist()
     block = torch.arange(len(x), device=x.device) % BLOCKS

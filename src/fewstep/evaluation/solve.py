@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import methods
+from .._precision import exact_products
 from .._types import FieldError, Time
 from ..grid import TimeGrid
 from ..path import AffinePath, CondOT, Cosine
@@ -34,6 +35,7 @@ def check_solver(solver: Any) -> None:
         known("solver", solver, ("dopri5",))
 
 
+@exact_products()
 def integrate(
     traced: Traced, x: Tensor, start: float, stop: float, *, rows: int, solver: Solver, tol: float, path: AffinePath | None
 ) -> tuple[Tensor, Tensor]:

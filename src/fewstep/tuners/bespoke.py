@@ -9,6 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from .._precision import exact_products
 from .._tabulate import write_table
 from .._types import BudgetError, Field, State
 from ..composite import start_scale
@@ -78,6 +79,7 @@ class Bespoke:
         positive(rate=self.rate, lipschitz=self.lipschitz, tol=self.tol)
         share("holdout", self.holdout)
 
+    @exact_products()
     def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
         """The learnt table, or the one to start from, with a warning, if nothing improves it on held-out noise.
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._precision import exact_products
 from .._tabulate import tabulate
 from .._types import BudgetError, Field, State
 from ..composite import CountedField, start_scale
@@ -99,6 +100,7 @@ class Boss:
             return "oss"
         return "gits" if self.cost == "deviation" or self.discount != 1.0 else "boss"
 
+    @exact_products()
     def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
         """The tuned table; costs `knots` field calls on `noise`, and what `states` says.
 

@@ -1,9 +1,9 @@
 """Learning a table by least squares on the end point: Gauss-Newton with forward differences, no back-propagation.
 
 The end point depends on a few dozen numbers (times and coefficients) and has thousands of residuals, so J^T J is small and the
-whole Jacobian J costs one more network call per number and step that the number reaches. Each call is an ordinary forward
-call: no graph is kept, memory does not grow with the network, and a dozen iterations do what first-order training needs
-hundreds for (`benchmarks/learned.py` counts the passes of both).
+whole Jacobian J costs one more forward pass per noise, number and step that the number reaches, many of them in one batch. No
+graph is kept, memory does not grow with the network, and a dozen iterations do what first-order training needs hundreds for
+(`benchmarks/learned.py` counts the passes of both).
 
 Whatever writes a table from numbers can be learnt: all rows (`NonStationary`), a scale-time transformation (`Bespoke`), or the
 knots of a method (`LearnedKnots`).
@@ -33,7 +33,7 @@ MEMORY = 1 << 25
 """Largest number of elements of the tangents of all calls; more noise is taken in pieces, more numbers in groups."""
 
 TOGETHER = 1 << 19
-"""Elements of a batch of copies of the noise, at most."""
+"""Elements of a batch of copies of the noise, at most (one copy at least). `adapt(..., max_batch=)` splits batches further."""
 
 DAMPINGS = (0.1, 1.0, 10.0)
 """Factors on the damping that every iteration tries."""
@@ -235,7 +235,7 @@ def _normal_equations(write: Write, theta: Tensor, problem: Problem, log_loss: b
 def _propagate(table: Sampler, d_times: Tensor, d_rows: Tensor, problem: Problem) -> tuple[Tensor, Tensor]:
     """The end point (batch, ...) and its derivative in every number (p, batch, ...), by one-sided differences per call.
 
-    Numbers that do not fit into `MEMORY` at once are taken in groups; this costs no further calls.
+    Numbers that do not fit into `MEMORY` at once are taken in groups; this costs no further passes.
     """
     ask, noise, n, p = problem.field, problem.noise, table.nfe, d_times.shape[1]
     rows = torch.cat([table.a[:, None], table.b], dim=1).detach().to(noise)
@@ -283,7 +283,7 @@ def _changes(problem: Problem, x: Tensor, u: Tensor, t: float, dx: Tensor, dt: T
         field, copies, noises = problem.tiled(len(some))
         steps = h[some][copies].to(x).view(-1, *[1] * (x.ndim - 1))
         times = t + h[some] * dt[some]
-        time = float(times[0]) if len(times.unique()) == 1 else times[copies].to(x.device)
+        time = float(times[0]) if len(times.unique()) == 1 else times[copies].to(x)
         change = (field(x[noises] + steps * dx[some][copies, noises], time) - u[noises]) / steps
         changes = change.new_empty(len(some), *x.shape)
         changes[copies, noises] = change

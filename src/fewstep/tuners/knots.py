@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .._precision import exact_products
 from .._tabulate import write_table
 from .._types import Field, GridError, State
 from ..composite import start_scale
@@ -52,6 +53,7 @@ class LearnedKnots:
         positive(tol=self.tol)
         share("holdout", self.holdout)
 
+    @exact_products()
     def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
         """The method's table on the learnt knots; on the first ones, with a warning, if nothing improves it.
 

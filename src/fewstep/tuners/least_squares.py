@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._precision import exact_products
 from .._types import BudgetError, Field, FieldError, State
 from ..noise import PER_NUMBER
 from ..problem import Problem, judgeable
@@ -50,6 +51,7 @@ class LeastSquares:
         positive(tol=self.tol)
         share("holdout", self.holdout)
 
+    @exact_products()
     def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
         """The fitted table.
 

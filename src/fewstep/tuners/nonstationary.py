@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .._precision import exact_products
 from .._types import BudgetError, Field, FieldError, State
 from ..composite import start_scale
 from ..problem import Problem, Score
@@ -55,6 +56,7 @@ class NonStationary:
         positive(tol=self.tol)
         share("holdout", self.holdout)
 
+    @exact_products()
     def __call__(self, field: Field, noise: State, *, nfe: int) -> Sampler:
         """The learnt table, or the one to start from, with a warning, if nothing improves it on held-out noise.
 
