@@ -17,6 +17,7 @@ LOWEST_FIRST = [
     "_errors",
     "_types",
     "keyed",
+    "_precision",
     "_affine",
     "path",
     "calling",
