@@ -8,17 +8,9 @@ import torch
 
 from fewstep import CountedField, FieldError, JointField, TimeGrid, adapt, methods, reference, tabulate
 from fewstep.problem import Problem
-from fewstep.tuners import LearnedKnots, gauss_newton
-from fewstep.tuners.gauss_newton import (
-    _normal_equations,
-    _propagate,
-    difference,
-    halves,
-    jacobian_of,
-    knots_of,
-    learnt,
-    spread_knots,
-)
+from fewstep.tuners import LearnedKnots, gauss_newton, jacobian
+from fewstep.tuners.gauss_newton import halves, knots_of, learnt, spread_knots
+from fewstep.tuners.jacobian import difference, jacobian_of, normal_equations, propagate
 from fewstep.tuners.nonstationary import numbers_of, rows_of
 from fewstep.tuners.scale_time import ScaleTime, run
 from fewstep.zoo.mixtures import mixture
@@ -78,7 +70,7 @@ def test_the_jacobian_of_all_rows_is_that_of_automatic_differentiation(dtype, cl
     theta[4:] += 0.05 * randn(len(theta) - 4, seed=1)  # a general table, not a short recurrence
     true = derivative(lambda v: walk_rows(v, 4, exact, noise), theta)
     write = rows_of(table)
-    end, found = _propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise.to(dtype), None))
+    end, found = propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise.to(dtype), None))
     assert relative(end, walk_rows(theta, 4, exact, noise)) < 1e-6
     assert relative(found, true) < close
     for k in range(len(theta)):  # and each number by itself
@@ -94,7 +86,7 @@ def test_a_time_at_the_end_of_the_path_is_moved_inwards():
 
     table, noise = tabulate(methods.heun, TimeGrid.uniform(1)), randn(4, 3)  # asks at 0 and at 1
     theta, write = numbers_of(table), rows_of(table)
-    _, found = _propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise, None))
+    _, found = propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise, None))
     true = derivative(lambda v: walk_rows(v, 2, lambda x, t: torch.sin(x + 3 * t), noise), theta)
     assert 0.0 <= min(asked) < max(asked) <= 1.0
     assert relative(found, true) < 5e-3
@@ -113,7 +105,7 @@ def test_the_jacobian_of_knots_is_that_of_the_method_itself(method):
         return method(field, TimeGrid(torch.cat([torch.zeros(1), inner, torch.ones(1)])), noise)
 
     true = derivative(walk, theta)
-    end, found = _propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise, None))
+    end, found = propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise, None))
     assert rms(end - walk(theta).detach()) < 1e-12
     assert relative(found, true) < 1e-4
 
@@ -128,7 +120,7 @@ def test_the_jacobian_of_a_scale_time_transformation_is_that_of_its_steps(base):
         return table_of(ScaleTime.of(values), base)
 
     true = derivative(lambda v: run(field, ScaleTime.of(v), base, noise), theta)
-    _, found = _propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise, None))
+    _, found = propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise, None))
     assert relative(found, true) < 1e-4
 
 
@@ -137,7 +129,7 @@ def test_an_iteration_asks_only_for_what_a_number_reaches():
     field, noise, table = CountedField(network_field()), randn(2, 3), tabulate(methods.adams(2), TimeGrid.uniform(8))
     theta, write = numbers_of(table), rows_of(table)
     assert len(theta) == 52
-    _propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise, None))
+    propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise, None))
     times, coefficients = 8, sum((i + 1) * (8 - i) for i in range(1, 8))  # a row is seen by its own call and all later ones
     later = sum(8 - i - 1 for i in range(8))
     assert field.samples == 2 * (8 + times + later + coefficients)
@@ -150,9 +142,9 @@ def test_changes_are_the_same_however_many_are_asked_about_together(monkeypatch)
     theta, write = numbers_of(table), rows_of(table)
     found, calls = [], []
     for together in (1, 3 * noise.numel(), 1 << 19):  # one copy, groups of three with a smaller last one, all
-        monkeypatch.setattr(gauss_newton, "TOGETHER", together)
+        monkeypatch.setattr(jacobian, "TOGETHER", together)
         field.calls = 0
-        found.append(_propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise, None))[1])
+        found.append(propagate(write(theta), *jacobian_of(write, theta), Problem(field, noise, None))[1])
         calls.append(field.calls)
     assert calls[0] > calls[1] > calls[2]
     for tangents in found[1:]:
@@ -171,7 +163,7 @@ def test_the_network_of_lower_precision_is_moved_further():
 
 def explicit(problem, write, theta, log_loss):
     """J^T J and J^T r written out noise by noise."""
-    end, tangents = _propagate(write(theta), *jacobian_of(write, theta), problem)
+    end, tangents = propagate(write(theta), *jacobian_of(write, theta), problem)
     normal, slope = 0.0, 0.0
     for k in range(len(end)):
         j, r = tangents[:, k].flatten(1).double(), (end[k] - problem.solution.end[k]).flatten().double()
@@ -182,15 +174,15 @@ def explicit(problem, write, theta, log_loss):
 
 @pytest.mark.parametrize("log_loss", [False, True])
 @pytest.mark.parametrize("memory", [1, 400, 1 << 25])
-def test_pieces_of_any_size_add_up_to_the_same_normal_equations(memory, log_loss, monkeypatch):
+def test_pieces_of_any_size_add_up_to_the_samenormal_equations(memory, log_loss, monkeypatch):
     model, noise = labelled(), randn(10, 3)
     field = JointField([model.given(label=torch.arange(5)), model.given(label=2)])
     problem, table = solved(field, noise), tabulate(methods.euler, TimeGrid.uniform(3))
     theta, write = numbers_of(table), rows_of(table)
     normal, slope = explicit(problem, write, theta, log_loss)
-    monkeypatch.setattr(gauss_newton, "MEMORY", memory)
+    monkeypatch.setattr(jacobian, "MEMORY", memory)
     counted = CountedField(field)
-    found, right = _normal_equations(write, theta, replace(problem, field=counted), log_loss)
+    found, right = normal_equations(write, theta, replace(problem, field=counted), log_loss)
     assert counted.samples == 10 * (3 + (3 + 2 + 1) + (2 * 2 + 3 * 1))  # calls; those after each time; after each row's weights
     # the differences are as long as the largest state of the piece asks, hence not to rounding
     assert relative(found, normal) < 2e-3
@@ -207,7 +199,7 @@ def test_the_slope_under_the_log_loss_is_the_gradient_of_the_mean_log_error():
         return squares.sum(), squares.log().sum()
 
     for log_loss, gradient in zip((False, True), torch.autograd.functional.jacobian(losses, theta), strict=True):
-        _, slope = _normal_equations(write, theta, problem, log_loss)
+        _, slope = normal_equations(write, theta, problem, log_loss)
         assert relative(slope * 2 / 3, gradient) < 1e-3
 
 

@@ -14,7 +14,8 @@ from ..grid import TimeGrid
 from ..methods import Method
 from ..sampler import Sampler
 from .boss import Boss
-from .gauss_newton import Write, halves, knots_of, learnt, spread_knots
+from .gauss_newton import halves, knots_of, learnt, spread_knots
+from .jacobian import Write
 from .options import positive, share
 
 

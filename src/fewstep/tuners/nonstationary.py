@@ -18,7 +18,8 @@ from ..problem import Problem, Score
 from ..sampler import Sampler
 from .bespoke import precondition
 from .boss import Boss
-from .gauss_newton import Found, Write, gauss_newton, halves, learnt
+from .gauss_newton import Found, gauss_newton, halves, learnt
+from .jacobian import Write
 from .least_squares import LeastSquares, fit
 from .options import positive, positives, share
 

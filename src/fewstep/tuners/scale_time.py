@@ -12,7 +12,8 @@ from .._types import Field, State
 from ..coordinates import Coordinates
 from ..problem import Problem
 from ..sampler import Sampler
-from .gauss_newton import Write, knots_of
+from .gauss_newton import knots_of
+from .jacobian import Write
 
 Base = Literal["euler", "midpoint"]
 STAGES = {"euler": 1, "midpoint": 2}
