@@ -102,8 +102,6 @@ class Config:
     """Images per sampler and seed for distances."""
     noises: int = 64
     """Test noises for end-point errors."""
-    fitting: int = 0
-    """Noises that tuners fit to (as many choose); 0: as many as `tune` takes by default, 32 for each guidance value."""
     single: int = 128
     """Noises for each of the solvers one by one, of which a quarter chooses; they are tested on four times `noises`."""
     seeds: int = 3
@@ -275,8 +273,7 @@ def adaptive(case: Case, rows: Rows) -> Row:
 def tuned(case: Case, effort: Effort, budgets: Sequence[int], rows: Rows) -> Row:
     """`tune` at an effort, all budgets at once: errors on this benchmark's test noise, and what tuning cost."""
     start = time.perf_counter()
-    model, count = case.model, case.config.fitting
-    result = tune(model, nfe=budgets, effort=effort, noise=count or None, progress=True)
+    result = tune(case.model, nfe=budgets, effort=effort, progress=True)
     facts, passes = result.report.facts, training_passes(HOUSE[case.name])
     assert passes is not None
     found = {}
@@ -415,7 +412,7 @@ def timed(tables: Mapping[str, Sampler], test: Problem, rounds: int = 5) -> dict
 
 def ranges(case: Case, nfe: int, rows: Rows) -> Row:
     """One table for a range of guidance values against one table for each."""
-    values, count, found = (1.0, 2.0, 4.0), case.config.fitting or 32, {}  # noises per value
+    values, count, found = (1.0, 2.0, 4.0), 32, {}  # noises per value
     one = tune(case.model, nfe=nfe, effort="learn", conditions=[{"guidance": w} for w in values], noise=count)
     joint = one[nfe].rebase(case.model.path, "velocity")
     for w in values:

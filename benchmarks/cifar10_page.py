@@ -40,7 +40,9 @@ NOTES = {
         "(`benchmarks/results/first-flow-tables.json`), beside those tuned on this one.",
     ),
 }
-SETTINGS = "{noises} test noises; {fitted}."
+SETTINGS = (
+    "{noises} test noises; `tune` fits to its default number of noises, which the table of costs says, and chooses by as many."
+)
 
 
 def number(estimate: Mapping[str, float], digits: int = 4) -> str:
@@ -52,12 +54,6 @@ def drawn(row: Mapping[str, Any]) -> str:
     """How many images the distances of a cell are of, as its metrics say."""
     labels = [key for values in row.values() if isinstance(values, dict) for key in values if key.startswith("FD (")]
     return labels[0].rpartition(", ")[2].rstrip(")")
-
-
-def fitted(count: int) -> str:
-    """How many noises the tuners had."""
-    some = f"{count} noises" if count else "its default number of noises"
-    return f"`tune` fits to {some} and chooses by as many"
 
 
 def markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -302,7 +298,7 @@ def main() -> None:
         of = settings[f"{model}/fit"]
         words += [
             f"## {TITLES[model]}",
-            SETTINGS.format(**of, fitted=fitted(of["fitting"])),
+            SETTINGS.format(**of),
             "### End-point error",
             errors(cells, model),
             "### Cost of tuning, all budgets at once",
