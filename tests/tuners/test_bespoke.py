@@ -300,7 +300,6 @@ def test_the_start_on_diffusion_paths_is_the_base_method_in_the_angle(path, base
         assert rms(found - z * coordinates.scale(1.0)) < 2e-4 * rms(z)  # differences stand for derivatives
     straight = table_of(ScaleTime.widened(8, 1.0), base, path.start_scale)
     end = reference(field, noise).end
-    print(f"{path}, {base}: in t {rms(straight(field, noise) - end):.3f}, in the angle {rms(found - end):.3f}")
     if base == "midpoint":
         assert rms(found - end) < 0.7 * rms(straight(field, noise) - end)
 
